@@ -1,0 +1,1 @@
+"""When, whether, and what happens next? The service, the cycle, the gate, the command line."""

@@ -1,0 +1,1 @@
+"""What is durable, and is it intact? Rows, store, snapshots, registry. Never imports torch."""

@@ -1,0 +1,75 @@
+"""Every error a user can meet descends from one base; the docstring is the default message.
+
+A message says what is wrong, the offending value, and the next command to type.
+"""
+
+
+class HoldfastError(Exception):
+    """Something went wrong that Holdfast has no better words for."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or (self.__doc__ or "").strip())
+
+
+class ConfigError(HoldfastError):
+    """The configuration is not usable; run `daemon doctor` for the list of problems."""
+
+
+class SourceError(HoldfastError):
+    """The source of labeled rows cannot be read."""
+
+
+class SourceBusy(SourceError):
+    """The collector holds the source file; the pull will be tried again."""
+
+
+class StoreError(HoldfastError):
+    """The daemon's own store cannot be used; run `daemon doctor`."""
+
+
+class StoreBusy(StoreError):
+    """Another process holds the store; is a daemon already running? Try `daemon status`."""
+
+
+class IntegrityError(HoldfastError):
+    """Something that must never change has changed; the cycle was stopped before it could do harm."""
+
+
+class RegistryError(HoldfastError):
+    """MLflow did not do what was asked."""
+
+
+class RegistryUnavailable(RegistryError):
+    """MLflow cannot be reached; the cycle keeps its verdict and will be published when it is back."""
+
+
+class TrainingError(HoldfastError):
+    """The training stopped without a usable adapter."""
+
+
+class NonFiniteLoss(TrainingError):
+    """The loss became infinite or NaN; the update was not applied. Try a lower training.learning_rate."""
+
+
+class ModelError(HoldfastError):
+    """The base model cannot be loaded; check model.base."""
+
+
+class WorkerError(HoldfastError):
+    """The training process ended without a result."""
+
+
+class Interrupted(HoldfastError):
+    """Work was asked to stop; everything done so far is kept and continues at the next start."""
+
+
+class Cancelled(HoldfastError):
+    """The cycle was cancelled by hand."""
+
+
+class ControlError(HoldfastError):
+    """The daemon could not do what was asked."""
+
+
+class DaemonNotRunning(ControlError):
+    """The daemon is not running; start it with `systemctl start holdfast` or `daemon run`."""

@@ -1,0 +1,92 @@
+"""A labeled row: its fields, its normalised content, its split.
+
+Knows no database and no model. Everything here is a pure function of a row's text, so that the
+same row gets the same identity and the same split on every machine and for ever.
+"""
+
+import hashlib
+import re
+import unicodedata
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+_SPACES = re.compile(r"\s+")
+_SEPARATOR = "\x1f"  # cannot survive normalisation, so no field can imitate a boundary
+
+
+class Split(StrEnum):
+    """Where a row lives, for ever: learned from, watched while learning, or only ever asked."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    SUITE = "suite"
+
+
+# What collectors call the three splits.
+SPLIT_NAMES = {
+    "train": Split.TRAIN,
+    "training": Split.TRAIN,
+    "validation": Split.VALIDATION,
+    "valid": Split.VALIDATION,
+    "val": Split.VALIDATION,
+    "dev": Split.VALIDATION,
+    "suite": Split.SUITE,
+    "test": Split.SUITE,
+    "eval": Split.SUITE,
+    "heldout": Split.SUITE,
+    "held_out": Split.SUITE,
+}
+
+
+def normalise(text: str) -> str:
+    """Unicode NFKC, case-folded, runs of white space as one space, control characters gone."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = "".join(c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    return _SPACES.sub(" ", text).strip()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One labeled question and its answer, as the collector gave it, plus its split.
+
+    `id` is the collector's own and is only carried along; identity is by content.
+    """
+
+    id: str
+    task: str
+    question: str
+    answer: str
+    context: str = ""
+    created_at: datetime | None = None  # UTC, naive
+    split: Split | None = None  # None: derive from content
+
+    @property
+    def question_key(self) -> str:
+        """What is asked, without the task: 32 hex digits. Decides the split, so that the same
+        question under two tasks cannot be trained on in one and examined in the other."""
+        return _digest(normalise(self.context), normalise(self.question))
+
+    @property
+    def key(self) -> str:
+        """What is asked of which task: 32 hex digits. A task has one answer per key."""
+        return _digest(normalise(self.task), normalise(self.context), normalise(self.question))
+
+    @property
+    def hash(self) -> str:
+        """The whole labeled content: 32 hex digits. The row's identity in store, snapshots and memory."""
+        return _digest(
+            normalise(self.task), normalise(self.context), normalise(self.question), normalise(self.answer)
+        )
+
+
+def derive_split(question_key: str, *, validation: float, suite: float) -> Split:
+    """The split of a question, uniform in the hash: `suite` and `validation` are shares in [0, 1)."""
+    place = int(question_key[:16], 16) / 16**16
+    if place < suite:
+        return Split.SUITE
+    return Split.VALIDATION if place < suite + validation else Split.TRAIN
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(_SEPARATOR.join(parts).encode()).hexdigest()[:32]
