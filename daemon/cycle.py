@@ -1,0 +1,231 @@
+"""The whole flow of one cycle, as a persisted state machine.
+
+requested → pulled → snapshotted → trained → evaluated → decided → promoted | rejected
+(or failed, cancelled, nothing-to-do). Each step does its work idempotently, then records the next
+state in one transaction; after a crash at any point, running the same step again is always right.
+"""
+
+import logging
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from daemon import examination, experience, gate, promote, publish
+from daemon.base import prepare_base
+from daemon.config import Settings
+from daemon.executor import Executor, Stop
+from daemon.pull import pull_source
+from storage import artifacts, snapshots
+from storage.errors import (
+    Cancelled,
+    ConfigError,
+    HoldfastError,
+    Interrupted,
+    RegistryUnavailable,
+    SourceBusy,
+    StoreError,
+    WorkerError,
+)
+from storage.records import Cycle, State
+from storage.registry import Registry
+from storage.store import Store
+from strategies.contract import PreparedBase, Progress, TrainJob
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3  # how often a dead worker is replaced before the cycle is given up
+# Left to the caller, who tries again later: the cycle stays exactly where it is.
+RETRIED_LATER = (Interrupted, SourceBusy, RegistryUnavailable)
+
+
+class CycleRunner:
+    """Takes one cycle from wherever it stands to its end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        registry: Registry,
+        executor: Executor,
+        *,
+        clock: Callable[[], datetime],
+        on_progress: Callable[[int, Progress], None] = lambda cycle, progress: None,
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.registry = registry
+        self.executor = executor
+        self.clock = clock
+        self.on_progress = on_progress
+        self._steps = {
+            State.REQUESTED: self._pull,
+            State.PULLED: self._snapshot,
+            State.SNAPSHOTTED: self._train,
+            State.TRAINED: self._evaluate,
+            State.EVALUATED: self._decide,
+            State.DECIDED: self._conclude,
+        }
+
+    def run(self, cycle_id: int, stop: Stop) -> Cycle:
+        """Advances the cycle to an ended state and returns it.
+
+        Raises `Interrupted` on shutdown, `SourceBusy` and `RegistryUnavailable` when waiting would
+        help; the cycle then continues from the same state at the next call.
+        """
+        cycle = self._cycle(cycle_id)
+        try:
+            while not cycle.state.ended:
+                stop.check()
+                cycle = self._step(cycle, stop)
+        except Cancelled:
+            cycle = self._end(cycle_id, State.CANCELLED, "cancelled by hand; its rows stay pending")
+        except RETRIED_LATER:
+            raise
+        except HoldfastError as error:
+            cycle = self._fail(cycle_id, str(error))
+        except OSError as error:
+            cycle = self._fail(cycle_id, f"{error}; free space or fix the permissions, then `daemon retrain-now`")
+        finally:
+            self.executor.close()
+        return cycle
+
+    def _step(self, cycle: Cycle, stop: Stop) -> Cycle:
+        """One state onwards. A worker that died is replaced; its work continues from the checkpoint."""
+        try:
+            return self._steps[cycle.state](cycle, stop)
+        except WorkerError as error:
+            attempts = self.store.count_attempt(cycle.id)
+            self.store.event("worker-died", cycle.id, state=cycle.state, error=str(error), attempt=attempts)
+            if attempts >= MAX_ATTEMPTS:
+                raise WorkerError(f"{error} ({attempts} attempts)") from error
+            log.warning("worker died, trying again: %s", error, extra=_action("worker-died", cycle))
+            return self._cycle(cycle.id)
+
+    # The six steps, in order.
+
+    def _pull(self, cycle: Cycle, stop: Stop) -> Cycle:
+        base = self._base(cycle, stop)
+        pulled = pull_source(self.settings, self.store, base, self.clock)
+        champion = self.store.champion()
+        log.info("pulled: %s", pulled, extra=_action("pulled", cycle))
+        return self.store.advance(
+            cycle.id, State.PULLED, parent=champion.version if champion else None, reason=pulled
+        )
+
+    def _snapshot(self, cycle: Cycle, stop: Stop) -> Cycle:
+        base = self._base(cycle, stop)
+        self._check_base(cycle, base)
+        new = experience.gather(self.store, cycle.parent)
+        wanted = self.settings.training.min_rows
+        if len(new.train) < wanted:
+            why = f"{len(new.train)} new training rows, training.min_rows is {wanted}; they stay pending"
+            return self._end(cycle.id, State.NOTHING, why)
+        experience.freeze_suites(self.store, self.settings, cycle.id)
+        snapshot, roles = experience.take_snapshot(self.store, self.settings, base, cycle, new)
+        return self.store.advance(cycle.id, State.SNAPSHOTTED, snapshot=snapshot.id, rows=roles)
+
+    def _train(self, cycle: Cycle, stop: Stop) -> Cycle:
+        specs = examination.specs(self._snapshot_of(cycle))
+        parent = None
+        if cycle.parent is not None:
+            parent = experience.parent_result(self.store, self.settings, cycle.parent)
+            artifacts.verify(parent)
+        job = TrainJob(
+            snapshot=str(self._snapshot_of(cycle)),
+            out=str(self.folder(cycle) / "train"),
+            work=str(self.folder(cycle) / "work"),
+            parent=str(parent) if parent else None,
+            model=specs.model,
+            lora=specs.lora,
+            train=specs.train,
+            strategy=specs.strategy,
+        )
+        report = self.executor.train(job, self._progress(cycle), stop)
+        told = f"{report.rows} rows in {report.steps} steps, {report.seconds:.0f} s, loss {report.final_loss:.4f}"
+        log.info("trained: %s", told, extra=_action("trained", cycle))
+        return self.store.advance(cycle.id, State.TRAINED, reason=told)
+
+    def _evaluate(self, cycle: Cycle, stop: Stop) -> Cycle:
+        snapshot = snapshots.load(self._snapshot_of(cycle))
+        examination.check_suites(self.store, snapshot)
+        exam = examination.plan(self.store, self.settings, cycle, snapshot, self.folder(cycle))
+        if exam.job.plan:
+            self.executor.evaluate(exam.job, self._progress(cycle), stop)
+        examination.record(self.store, cycle, exam)
+        return self.store.advance(cycle.id, State.EVALUATED)
+
+    def _decide(self, cycle: Cycle, stop: Stop) -> Cycle:
+        snapshot = snapshots.load(self._snapshot_of(cycle))
+        evidence = examination.evidence(self.store, cycle, snapshot.info["meta"]["new_tasks"])
+        thresholds = gate.Thresholds(**self.settings.gate.model_dump())
+        verdict = gate.judge(evidence, thresholds)
+        log.info("%s", verdict.summary, extra=_action("decided", cycle))
+        return self.store.advance(
+            cycle.id, State.DECIDED, verdict=(verdict.passed, verdict.to_json()), reason=verdict.summary
+        )
+
+    def _conclude(self, cycle: Cycle, stop: Stop) -> Cycle:
+        version = publish.publish(self.store, self.registry, self.settings, cycle, self.folder(cycle))
+        verdict = self.store.verdict(cycle.id)
+        assert verdict is not None
+        if not verdict[0]:
+            return self._end(cycle.id, State.REJECTED, cycle.reason or "rejected", version)
+        current = self.store.champion()
+        serving = current.version if current else None
+        if serving not in (cycle.parent, version):
+            why = (
+                f"passed against version {cycle.parent}, but the champion became {serving} meanwhile; "
+                "`daemon retrain-now` learns the rows on top of it"
+            )
+            self.registry.tag_version(version, {"holdfast.verdict": "rejected", "holdfast.reason": why})
+            return self._end(cycle.id, State.REJECTED, why, version)
+        promote.by_gate(self.store, self.registry, version, cycle)
+        return self._end(cycle.id, State.PROMOTED, cycle.reason or "promoted", version)
+
+    # What the steps share.
+
+    def folder(self, cycle: Cycle) -> Path:
+        return self.settings.state_dir / "cycles" / str(cycle.id)
+
+    def _base(self, cycle: Cycle, stop: Stop) -> PreparedBase:
+        return prepare_base(self.settings, self.executor, self._progress(cycle), stop)
+
+    def _check_base(self, cycle: Cycle, base: PreparedBase) -> None:
+        champion = self.store.model(cycle.parent) if cycle.parent is not None else None
+        if champion is not None and champion.base != base.fingerprint:
+            raise ConfigError(
+                f"model.base = {self.settings.model.base!r} is not the base that champion version {cycle.parent} was "
+                "trained on; set it back, or start a new bot with another bot.state_dir and bot.name"
+            )
+
+    def _snapshot_of(self, cycle: Cycle) -> Path:
+        assert cycle.snapshot is not None
+        return self.settings.state_dir / "snapshots" / cycle.snapshot
+
+    def _progress(self, cycle: Cycle) -> Callable[[Progress], None]:
+        return lambda progress: self.on_progress(cycle.id, progress)
+
+    def _cycle(self, cycle_id: int) -> Cycle:
+        cycle = self.store.cycle(cycle_id)
+        if cycle is None:
+            raise StoreError(f"there is no cycle {cycle_id}; see `daemon history`")
+        return cycle
+
+    def _end(self, cycle_id: int, state: State, reason: str, version: int | None = None) -> Cycle:
+        cycle = self.store.advance(cycle_id, state, reason=reason, version=version)
+        log.info("cycle %d %s: %s", cycle_id, state, reason, extra=_action(state, cycle))
+        return cycle
+
+    def _fail(self, cycle_id: int, reason: str) -> Cycle:
+        cycle = self._end(cycle_id, State.FAILED, reason)
+        try:
+            self.registry.log_failure(cycle_id, publish.parameters(self.settings), reason)
+        except HoldfastError as error:  # the store has the reason; MLflow's copy is a courtesy
+            log.warning("could not log the failure to MLflow: %s", error, extra=_action("unlogged", cycle))
+        return cycle
+
+
+
+def _action(action: str, cycle: Cycle) -> dict[str, object]:
+    """Fields of a log line; `journalctl` is a user interface."""
+    return {"action": str(action), "cycle": cycle.id, "snapshot": cycle.snapshot}

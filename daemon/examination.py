@@ -1,0 +1,199 @@
+"""Which model answers which suite, and what came of it.
+
+An exam is a suite version, a label set and a way of decoding; a model that has sat an exam never
+sits it again: its predictions are in the store. The scores written here are means over those
+predictions, so every number can be recomputed.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from daemon import experience
+from daemon.config import Settings
+from daemon.gate import SuiteScores
+from storage import artifacts, snapshots
+from storage.errors import IntegrityError
+from storage.records import Cycle, Prediction, Score
+from storage.snapshots import Snapshot
+from storage.store import Store
+from strategies.contract import EvaluateJob, LoraSpec, ModelSpec, StrategySpec, SuiteJob, Task, TrainSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specs:
+    """How the cycle was asked to train: fixed in its snapshot, whatever the configuration says later."""
+
+    model: ModelSpec
+    lora: LoraSpec
+    train: TrainSpec
+    strategy: StrategySpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """One suite version of one task, and the key under which its predictions are stored."""
+
+    task: Task
+    version: int
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """All exams of a cycle: `models` maps base, champion and candidate to their store keys."""
+
+    exams: tuple[Exam, ...]
+    models: dict[str, str]
+    job: EvaluateJob
+
+
+def specs(snapshot_path: Path) -> Specs:
+    meta = snapshots.load(snapshot_path).info["meta"]
+    return Specs(
+        model=ModelSpec.from_dict(meta["model"]),
+        lora=LoraSpec.from_dict(meta["lora"]),
+        train=TrainSpec.from_dict(meta["train"]),
+        strategy=StrategySpec.from_dict(meta["strategy"]),
+    )
+
+
+def check_suites(store: Store, snapshot: Snapshot) -> None:
+    """Raises `IntegrityError` when a frozen suite, in the store or in the snapshot, is not what was frozen."""
+    artifacts.verify(snapshot.path)
+    for entry in snapshot.info["suites"]:
+        rows = store.suite_rows(entry["task"], entry["version"])
+        if snapshots.suite_hash(rows) != entry["hash"]:
+            raise IntegrityError(
+                f"suite {entry['task']}@v{entry['version']} in the store is not the one that was frozen "
+                f"(hash {snapshots.suite_hash(rows)[:12]}, frozen as {entry['hash'][:12]}); restore the store from a "
+                "backup, then `daemon retrain-now`"
+            )
+
+
+def plan(store: Store, settings: Settings, cycle: Cycle, snapshot: Snapshot, folder: Path) -> Session:
+    """Everything that base, champion and candidate must answer and have not answered before."""
+    spec = specs(snapshot.path)
+    suite_files = {entry["task"]: entry for entry in snapshot.info["suites"]}
+    exams = tuple(
+        _exam(Task.from_dict(task), suite_files[task["name"]], spec.model, settings.evaluation.max_new_tokens)
+        for task in snapshot.info["tasks"]
+    )
+    adapters: dict[str, Path | None] = {"base": None}
+    if cycle.parent is not None:
+        adapters["champion"] = experience.parent_result(store, settings, cycle.parent) / "adapter"
+    adapters["candidate"] = folder / "train" / "adapter"
+    models = {label: model_key(path, spec.model.fingerprint) for label, path in adapters.items()}
+    job = EvaluateJob(
+        out=str(folder / "evaluate"),
+        model=spec.model,
+        models={label: str(path) if path else None for label, path in adapters.items()},
+        suites=tuple(
+            SuiteJob(task=e.task, path=str(snapshot.path / suite_files[e.task.name]["file"])) for e in exams
+        ),
+        plan=tuple(
+            (label, exam.task.name)
+            for label, model in models.items()
+            for exam in exams
+            if not store.predictions(model, exam.key)
+        ),
+        batch_size=settings.evaluation.batch_size,
+        max_new_tokens=settings.evaluation.max_new_tokens,
+        threads=spec.train.threads,
+    )
+    return Session(exams=exams, models=models, job=job)
+
+
+def record(store: Store, cycle: Cycle, session: Session) -> None:
+    """Predictions and their means, into the store."""
+    if session.job.plan:
+        artifacts.verify(Path(session.job.out))
+        _store_predictions(store, session)
+    scores = []
+    for label, model in session.models.items():
+        for exam in session.exams:
+            values = [p.score for p in store.predictions(model, exam.key).values()]
+            scores.append(
+                Score(
+                    cycle_id=cycle.id,
+                    label=label,
+                    task=exam.task.name,
+                    version=exam.version,
+                    model=model,
+                    exam=exam.key,
+                    metric=exam.task.metric.value,
+                    score=sum(values) / len(values),
+                    size=len(values),
+                )
+            )
+    store.put_scores(scores)
+
+
+def evidence(store: Store, cycle: Cycle, new_tasks: Sequence[str]) -> list[SuiteScores]:
+    """Per-row scores of the three models on every suite, for the gate.
+
+    A new task without a suite is there with no rows at all, so that the verdict says so.
+    """
+    found: dict[str, dict[str, Score]] = {}
+    for score in store.scores(cycle.id):
+        found.setdefault(score.task, {})[score.label] = score
+    suites = [_suite_scores(store, task, labels, task in new_tasks) for task, labels in sorted(found.items())]
+    missing = [task for task in new_tasks if task not in found]
+    return suites + [
+        SuiteScores(task=task, suite=f"{task} (no suite yet)", new=True, base=(), champion=(), candidate=())
+        for task in missing
+    ]
+
+
+def model_key(adapter: Path | None, fingerprint: str) -> str:
+    """Identity of a model in the store: what it would answer with, not where it lies."""
+    if adapter is None:
+        return f"base:{fingerprint}"
+    return artifacts.sha256_file(adapter / "adapter_model.safetensors")
+
+
+def _exam(task: Task, suite: dict[str, object], model: ModelSpec, max_new_tokens: int) -> Exam:
+    version = suite["version"]
+    assert isinstance(version, int)
+    parts = {
+        "suite": suite["hash"],
+        "task": json.loads(task.to_json()),
+        "prompt": model.system_prompt,
+        "limits": [model.max_tokens, max_new_tokens],
+        "dtype": model.dtype,
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return Exam(task=task, version=version, key=key)
+
+
+def _store_predictions(store: Store, session: Session) -> None:
+    exams = {exam.task.name: exam for exam in session.exams}
+    answered: dict[tuple[str, str], list[Prediction]] = {}
+    for line in pq.read_table(Path(session.job.out) / "predictions.parquet").to_pylist():
+        prediction = Prediction(**{key: line[key] for key in Prediction.__dataclass_fields__})
+        answered.setdefault((line["model"], line["task"]), []).append(prediction)
+    for (label, task), predictions in answered.items():
+        store.put_predictions(session.models[label], exams[task].key, predictions)
+
+
+def _suite_scores(store: Store, task: str, labels: dict[str, Score], new: bool) -> SuiteScores:
+    rows = sorted(store.predictions(labels["candidate"].model, labels["candidate"].exam))
+
+    def of(label: str) -> list[float]:
+        score = labels[label]
+        predictions = store.predictions(score.model, score.exam)
+        return [predictions[row].score for row in rows]
+
+    champion = "champion" if "champion" in labels else "base"
+    return SuiteScores(
+        task=task,
+        suite=f"{task}@v{labels['candidate'].version}",
+        new=new,
+        base=of("base"),
+        champion=of(champion),
+        candidate=of("candidate"),
+    )

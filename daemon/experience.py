@@ -1,0 +1,184 @@
+"""What one cycle learns and is examined on: pending rows, task kinds, frozen suites, one snapshot.
+
+Everything here is read from or written to the store before any training starts; the snapshot it ends
+in is all that the worker ever sees.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from daemon.config import Settings
+from storage import snapshots
+from storage.records import Cycle, StoredRow, TaskRecord
+from storage.rows import Split
+from storage.snapshots import Snapshot
+from storage.store import Store
+from strategies.contract import LoraSpec, Metric, ModelSpec, PreparedBase, StrategySpec, Task, TaskKind, TrainSpec
+from strategies.replay_memory import memory_hashes
+
+# A task is a closed set of labels when its answers are few, short, and keep coming back.
+MOST_LABELS = 300
+LONGEST_LABEL_WORDS = 4
+ROWS_PER_LABEL = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """The new rows of a cycle, in the order they were accepted."""
+
+    train: list[StoredRow]
+    validation: list[StoredRow]
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted({row.task for row in self.train})
+
+
+def gather(store: Store, parent: int | None) -> Experience:
+    """Rows that no cycle in the parent's lineage has learned; after a rollback they are pending again."""
+    lineage = store.lineage(parent)
+    train = store.pending(lineage)
+    tasks = {row.task for row in train}
+    validation = [row for row in store.pending_validation(lineage) if row.task in tasks]
+    return Experience(train=train, validation=validation)
+
+
+def freeze_suites(store: Store, settings: Settings, cycle_id: int) -> None:
+    """Freezes a suite for every task that has enough held-out rows, and a new version where they grew.
+
+    A new version keeps every row of the old one. Which rows enter a full suite depends on their
+    content alone, never on a model.
+    """
+    frozen = store.latest_suites()
+    limit = settings.evaluation.suite_rows
+    for task in sorted(store.row_counts()):
+        held_out = store.task_rows(task, Split.SUITE)
+        current = frozen.get(task)
+        if len(held_out) < settings.gate.min_suite_rows:
+            continue
+        if current is not None and not _has_grown(current.size, min(limit, len(held_out)), settings):
+            continue
+        old = store.suite_rows(task, current.version) if current else []
+        kept = {row.hash for row in old}
+        fresh = sorted((row for row in held_out if row.hash not in kept), key=lambda row: row.hash)
+        rows = sorted(old + fresh[: max(0, limit - len(old))], key=lambda row: row.hash)
+        store.freeze_suite(task, [row.hash for row in rows], snapshots.suite_hash(rows), cycle_id)
+
+
+def _has_grown(before: int, now: int, settings: Settings) -> bool:
+    return now >= before * (1 + settings.evaluation.suite_growth)
+
+
+def settle_tasks(store: Store, settings: Settings) -> dict[str, Task]:
+    """Kind, metric and labels of every task that has a suite: configured, else inferred once and kept.
+
+    Labels of an inferred task grow with its rows; its kind never changes by itself.
+    """
+    known = {task.name: task for task in store.tasks()}
+    for name in sorted(store.latest_suites()):
+        record = _settle(store, settings, name, known.get(name))
+        if record != known.get(name):
+            store.put_task(record)
+            known[name] = record
+    return {
+        name: Task(name=name, kind=TaskKind(t.kind), metric=Metric(t.metric), labels=t.labels)
+        for name, t in known.items()
+    }
+
+
+def _settle(store: Store, settings: Settings, name: str, known: TaskRecord | None) -> TaskRecord:
+    wish = settings.tasks.get(name)
+    answers = [row.answer for split in Split for row in store.task_rows(name, split)]
+    inferred = TaskKind(known.kind) if known else infer_kind(answers)
+    kind = TaskKind(wish.kind) if wish and wish.kind else inferred
+    metric = Metric.ACCURACY if kind is TaskKind.LABELS else Metric.TOKEN_F1
+    if wish and wish.metric:
+        metric = Metric(wish.metric)
+    labels: tuple[str, ...] = ()
+    if kind is TaskKind.LABELS:
+        labels = tuple(sorted(wish.labels if wish and wish.labels else set(answers)))
+    return TaskRecord(
+        name=name,
+        kind=kind.value,
+        metric=metric.value,
+        origin="config" if wish else "inferred",
+        labels=labels,
+        created_at=known.created_at if known else store.clock(),
+    )
+
+
+def infer_kind(answers: Sequence[str]) -> TaskKind:
+    """`labels` when the answers are few, short, and each seen several times; otherwise `free`."""
+    distinct = Counter(answers)
+    short = all(len(answer.split()) <= LONGEST_LABEL_WORDS for answer in distinct)
+    few = 1 < len(distinct) <= MOST_LABELS and len(answers) >= ROWS_PER_LABEL * len(distinct)
+    return TaskKind.LABELS if short and few else TaskKind.FREE
+
+
+def take_snapshot(
+    store: Store, settings: Settings, base: PreparedBase, cycle: Cycle, experience: Experience
+) -> tuple[Snapshot, list[tuple[str, str]]]:
+    """Writes the cycle's snapshot; returns it and every (row hash, role) that the training will touch."""
+    tasks = settle_tasks(store, settings)
+    memory = store.rows_by_hash(memory_hashes(parent_result(store, settings, cycle.parent) / "state")
+                                if cycle.parent is not None else [])
+    suites = {
+        task: (suite.version, suite.hash, store.suite_rows(task, suite.version))
+        for task, suite in sorted(store.latest_suites().items())
+    }
+    snapshot = snapshots.write(
+        settings.state_dir / "snapshots",
+        train=experience.train,
+        validation=experience.validation,
+        memory=memory,
+        suites=suites,
+        tasks=[{"name": t.name, "kind": t.kind.value, "metric": t.metric.value, "labels": list(t.labels)}
+               for t in tasks.values() if t.name in suites],
+        meta={
+            "cycle": cycle.id,
+            "parent": cycle.parent,
+            "new_tasks": experience.tasks,
+            "model": model_spec(settings, base).__dict__,
+            "lora": lora_spec(settings).__dict__,
+            "train": train_spec(settings).__dict__,
+            "strategy": {**strategy_spec(settings).__dict__, "methods": list(settings.strategy.methods)},
+        },
+    )
+    roles = [(row.hash, "train") for row in experience.train]
+    roles += [(row.hash, "validation") for row in experience.validation]
+    roles += [(row.hash, "replay") for row in memory]
+    return snapshot, roles
+
+
+def parent_result(store: Store, settings: Settings, version: int) -> Path:
+    """Result directory of the training that made a model version."""
+    model = store.model(version)
+    assert model is not None
+    return settings.state_dir / model.result
+
+
+def model_spec(settings: Settings, base: PreparedBase) -> ModelSpec:
+    model = settings.model
+    return ModelSpec(
+        path=base.path,
+        fingerprint=base.fingerprint,
+        system_prompt=model.system_prompt,
+        max_tokens=min(model.max_tokens, base.context_tokens),
+        dtype=model.dtype,
+        device=model.device,
+    )
+
+
+def lora_spec(settings: Settings) -> LoraSpec:
+    return LoraSpec(**settings.lora.model_dump())
+
+
+def train_spec(settings: Settings) -> TrainSpec:
+    return TrainSpec(**settings.training.model_dump(exclude={"min_rows", "time_limit"}))
+
+
+def strategy_spec(settings: Settings) -> StrategySpec:
+    chosen = settings.strategy.model_dump(exclude={"name"})
+    return StrategySpec(methods=settings.strategy.methods, **chosen)

@@ -1,0 +1,77 @@
+"""Moves `champion`, and only on record: the store's promotion line comes first, the alias follows.
+
+The store is the truth; the registry's alias mirrors it and is repaired at every start, so that a
+crash between the two writes cannot leave them apart for long.
+"""
+
+from collections.abc import Sequence
+
+from storage.errors import ControlError
+from storage.records import Cycle, Promotion
+from storage.registry import Registry
+from storage.store import Store
+
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+
+
+def by_gate(store: Store, registry: Registry, version: int, cycle: Cycle) -> Promotion:
+    """Promotes the version of a cycle whose passing verdict is recorded; the store refuses any other."""
+    line = store.promote(version, cycle_id=cycle.id, kind="gate", who="gate", why=cycle.reason or "passed")
+    repair_alias(store, registry)
+    return line
+
+
+def manual(store: Store, registry: Registry, version: int, who: str, why: str) -> Promotion:
+    """A person overrides the gate; who, when and why stay on record.
+
+    Raises `ControlError` for a version that this bot never made.
+    """
+    if store.model(version) is None:
+        known = ", ".join(str(model.version) for model in store.models()) or "none yet"
+        raise ControlError(f"there is no version {version}; versions: {known}. See `daemon history`")
+    champion = store.champion()
+    if champion is not None and champion.version == version:
+        raise ControlError(f"version {version} is the champion already")
+    line = store.promote(version, cycle_id=None, kind="manual", who=who, why=why)
+    repair_alias(store, registry)
+    return line
+
+
+def rollback(store: Store, registry: Registry, who: str, why: str) -> Promotion:
+    """Back to the champion before the present one; rows learned since then are pending again.
+
+    The next cycle continues from that version's adapter, memory and Fisher information. Rolling back
+    the first champion leaves the bare base. Raises `ControlError` when there is nothing to go back to.
+    """
+    stack = _champions(store.promotions())
+    if not stack:
+        raise ControlError("there is no champion to roll back; see `daemon history`")
+    before = stack[-2] if len(stack) > 1 else None
+    line = store.promote(before, cycle_id=None, kind="rollback", who=who, why=why)
+    repair_alias(store, registry)
+    return line
+
+
+def repair_alias(store: Store, registry: Registry) -> None:
+    """Makes the registry's `champion` say what the store says."""
+    champion = store.champion()
+    wanted = champion.version if champion else None
+    if registry.alias(CHAMPION) != wanted:
+        if wanted is None:
+            registry.delete_alias(CHAMPION)
+        else:
+            registry.set_alias(CHAMPION, wanted)
+    if wanted is not None and registry.alias(CHALLENGER) == wanted:
+        registry.delete_alias(CHALLENGER)
+
+
+def _champions(lines: Sequence[Promotion]) -> list[int]:
+    """Champions that a rollback can return to, the present one last: each rollback undoes one promotion."""
+    stack: list[int] = []
+    for line in lines:
+        if line.kind == "rollback":
+            stack.pop()
+        elif line.version is not None:
+            stack.append(line.version)
+    return stack

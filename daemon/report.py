@@ -1,0 +1,158 @@
+"""What people and programs are told: the accuracy matrix, forgetting, and verdicts in plain words.
+
+Everything is computed from the store; nothing is remembered here and nothing is decided.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from storage.errors import ControlError
+from storage.records import ModelVersion, Score
+from storage.store import Store
+from strategies import metrics, scoring
+from strategies.contract import Record, TaskKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix(Record):
+    """R[i][j]: score on the suite of task j after row i; row 0 is the base. None: not measured.
+
+    Rows are the base and the model versions in the champion's lineage, columns the tasks in the order
+    they were first learned. `learned_at[j]` is the row in which task j was first trained on, or None.
+    """
+
+    tasks: tuple[str, ...]
+    rows: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    learned_at: tuple[int | None, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """Average accuracy, backward transfer, forgetting, forward transfer and learning accuracy.
+
+        Only those that the matrix can tell: nothing can be forgotten before a second cycle.
+        """
+        learned = [j for j, row in enumerate(self.learned_at) if row is not None]
+        values = [[line[j] for j in learned] for line in self.values]
+        when = [row for row in self.learned_at if row is not None]
+        found = {
+            "average_accuracy": metrics.average_accuracy(values, when),
+            "backward_transfer": metrics.backward_transfer(values, when),
+            "forgetting": metrics.forgetting(values, when),
+            "forward_transfer": metrics.forward_transfer(values, when),
+            "learning_accuracy": metrics.learning_accuracy(values, when),
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def matrix(store: Store, *, cycle_id: int | None = None) -> Matrix:
+    """The accuracy matrix of the champion's lineage, or, with `cycle_id`, as it is (or would be) after it.
+
+    Columns show the newest suite version of each task that has been measured; a cell is filled from
+    whichever cycle measured that very model on it.
+    """
+    lineage = _lineage(store, cycle_id)
+    scores = [s for s in store.scores() if cycle_id is None or s.cycle_id <= cycle_id]
+    newest = {task: max(s.version for s in scores if s.task == task) for task in {s.task for s in scores}}
+    cells = {(s.model, s.task): s.score for s in scores if s.version == newest[s.task]}
+    first = _first_learned(store, lineage)
+    tasks = sorted(newest, key=lambda task: (first.get(task, len(lineage) + 1), task))
+    keys = [_base_key(scores), *(key for _, key in lineage)]
+    return Matrix(
+        tasks=tuple(tasks),
+        rows=("base", *(f"cycle {cycle}" for cycle, _ in lineage)),
+        values=tuple(tuple(cells.get((key, task)) for task in tasks) for key in keys),
+        learned_at=tuple(first.get(task) for task in tasks),
+    )
+
+
+def cycle_report(store: Store, cycle_id: int) -> dict[str, Any]:
+    """Everything about one cycle as plain JSON values. Raises `ControlError` when there is no such cycle."""
+    cycle = store.cycle(cycle_id)
+    if cycle is None:
+        raise ControlError(f"there is no cycle {cycle_id}; see `daemon history`")
+    verdict = store.verdict(cycle_id)
+    table = matrix(store, cycle_id=cycle_id) if store.scores(cycle_id) else None
+    roles = {role: len(store.cycle_rows(cycle_id, role)) for role in ("train", "validation", "replay")}
+    return {
+        "cycle": _plain(asdict(cycle)),
+        "rows": roles,
+        "scores": [_plain(asdict(score)) for score in store.scores(cycle_id)],
+        "verdict": json.loads(verdict[1]) if verdict else None,
+        "matrix": _plain(asdict(table)) if table else None,
+        "metrics": table.metrics() if table else {},
+        "events": [_plain(asdict(event)) for event in reversed(store.events(limit=50, cycle_id=cycle_id))],
+    }
+
+
+def explain(report: dict[str, Any]) -> list[str]:
+    """A cycle in sentences: what it learned, what became of the old tasks, and why it ended as it did."""
+    cycle, rows, verdict = report["cycle"], report["rows"], report["verdict"]
+    lines = [f"Cycle {cycle['id']} is {cycle['state']}" + (f": {cycle['reason']}" if cycle["reason"] else ".")]
+    if rows["train"]:
+        start = "the base model" if cycle["parent"] is None else f"version {cycle['parent']}"
+        replayed = f", with {rows['replay']} remembered rows to replay" if rows["replay"] else ""
+        lines.append(f"It learned {rows['train']} new rows on top of {start}{replayed}.")
+    if verdict:
+        for suite in verdict["suites"]:
+            lines.append(f"  {'new' if suite['new'] else 'old'}  {suite['reason']}")
+        if not verdict["passed"]:
+            lines += [f"  against: {reason}" for reason in verdict["reasons"]]
+    if report["metrics"]:
+        told = ", ".join(f"{name.replace('_', ' ')} {value * 100:.1f}" for name, value in report["metrics"].items())
+        lines.append(f"Over all tasks: {told}.")
+    return lines
+
+
+def classification(store: Store, cycle_id: int) -> dict[str, Any]:
+    """Macro-F1 and per-class precision and recall of the candidate, for tasks with closed labels."""
+    kinds = {task.name: task for task in store.tasks()}
+    found = {}
+    for score in store.scores(cycle_id):
+        task = kinds[score.task]
+        if score.label != "candidate" or task.kind != TaskKind.LABELS:
+            continue
+        answers = store.predictions(score.model, score.exam)
+        golds = {row.hash: row.answer for row in store.rows_by_hash(list(answers))}
+        pairs = [(golds[row], answers[row].prediction) for row in sorted(answers)]
+        report = scoring.classification_report([g for g, _ in pairs], [p for _, p in pairs], task.labels)
+        found[score.task] = _plain(asdict(report))
+    return found
+
+
+def _lineage(store: Store, cycle_id: int | None) -> list[tuple[int, str]]:
+    """(cycle, model key) from the oldest ancestor to the newest, the candidate of `cycle_id` last."""
+    models = {model.version: model for model in store.models()}
+    if cycle_id is None:
+        champion = store.champion()
+        return _ancestors(models, champion.version if champion else None)
+    cycle = store.cycle(cycle_id)
+    candidate = next((s.model for s in store.scores(cycle_id) if s.label == "candidate"), None)
+    above = _ancestors(models, cycle.parent if cycle else None)
+    return [*above, (cycle_id, candidate)] if candidate else above
+
+
+def _ancestors(models: dict[int, ModelVersion], version: int | None) -> list[tuple[int, str]]:
+    line = []
+    while version is not None:
+        model = models[version]
+        line.append((model.cycle_id, model.adapter_hash))
+        version = model.parent
+    return line[::-1]
+
+
+def _first_learned(store: Store, lineage: list[tuple[int, str]]) -> dict[str, int]:
+    first: dict[str, int] = {}
+    for row, (cycle, _) in enumerate(lineage, start=1):
+        for task in store.cycle_tasks(cycle):
+            first.setdefault(task, row)
+    return first
+
+
+def _base_key(scores: list[Score]) -> str:
+    return next((s.model for s in reversed(scores) if s.label == "base"), "base")
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only: times as ISO text, tuples as lists."""
+    return json.loads(json.dumps(value, default=lambda v: v.isoformat() + "Z" if hasattr(v, "isoformat") else str(v)))

@@ -1,0 +1,143 @@
+"""When cycles start by themselves: the only importer of apscheduler.
+
+Reads cron expressions as cron does: 0 and 7 are Sunday, and when both the day of the month and the
+day of the week are restricted, either is enough. (APScheduler alone counts days from Monday and wants
+both.) At the autumn clock change a time that comes twice fires twice; in spring a time that is skipped
+fires an hour later. Knows nothing of cycles: firing only calls the function it was given.
+"""
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from zoneinfo import ZoneInfo
+
+from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.triggers.base import BaseTrigger
+from apscheduler.triggers.combining import OrTrigger
+from apscheduler.triggers.cron import CronTrigger
+
+from storage.errors import ConfigError
+
+_JOB = "cycle"
+_DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+_FIELDS = ("minute", "hour", "day", "month", "day_of_week")
+_PART = re.compile(r"^(?:\*|(?P<first>\w+)(?:-(?P<last>\w+))?)(?:/(?P<step>\d+))?$")
+_SHORTCUTS = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
+
+
+class Schedule:
+    """A background thread that calls `fire` at the planned times. Missed firings become one."""
+
+    def __init__(self, fire: Callable[[], None]) -> None:
+        self._fire = fire
+        self._scheduler = BackgroundScheduler(
+            executors={"default": ThreadPoolExecutor(1)},
+            timezone="UTC",
+            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
+        )
+
+    def start(self) -> None:
+        self._scheduler.start()
+
+    def plan(self, cron: str, timezone: str) -> None:
+        """Replaces the plan; "" plans nothing. Raises `ConfigError` and keeps the old plan otherwise."""
+        trigger = parse(cron, timezone)
+        if trigger is None:
+            if self._scheduler.get_job(_JOB):
+                self._scheduler.remove_job(_JOB)
+            return
+        self._scheduler.add_job(self._fire, trigger, id=_JOB, replace_existing=True)
+
+    def next_run(self) -> datetime | None:
+        """The next planned time, with its time zone; None when nothing is planned."""
+        job = self._scheduler.get_job(_JOB)
+        return getattr(job, "next_run_time", None)
+
+    def stop(self) -> None:
+        if self._scheduler.running:
+            self._scheduler.shutdown(wait=False)
+
+
+def next_run(cron: str, timezone: str, *, after: datetime) -> datetime | None:
+    """The first planned time after `after` (naive times are UTC), or None without a plan."""
+    trigger = parse(cron, timezone)
+    return _next(trigger, after) if trigger else None
+
+
+def parse(cron: str, timezone: str) -> BaseTrigger | None:
+    """The trigger of a cron expression, None for "".
+
+    Raises `ConfigError` for what cron would not take, and for what would never fire.
+    """
+    if not cron.strip():
+        return None
+    try:
+        trigger = _trigger(cron, ZoneInfo(timezone))
+    except ValueError as error:
+        raise ConfigError(f'schedule.cron = "{cron}": {error}; for instance "30 2 * * *", or "" for none') from None
+    if _next(trigger, datetime.now(UTC)) is None:
+        raise ConfigError(f'schedule.cron = "{cron}": this never happens; check the day and the month')
+    return trigger
+
+
+def _next(trigger: BaseTrigger, after: datetime) -> datetime | None:
+    known = after if after.tzinfo else after.replace(tzinfo=UTC)
+    found: datetime | None = trigger.get_next_fire_time(known, known)
+    return found
+
+
+def _trigger(cron: str, zone: ZoneInfo) -> BaseTrigger:
+    if cron.strip().startswith("@"):
+        instead = _SHORTCUTS.get(cron.strip().lower())
+        raise ValueError(f'shortcuts are not read{f", write {instead!r}" if instead else ""}')
+    parts = cron.lower().split()
+    if len(parts) != len(_FIELDS):
+        raise ValueError(f"{len(parts)} fields, cron has five: minute, hour, day, month, day of week")
+    fields = dict(zip(_FIELDS, parts, strict=True))
+    both = not fields["day"].startswith("*") and not fields["day_of_week"].startswith("*")
+    fields["day_of_week"] = _weekdays(fields["day_of_week"])
+    if not both:
+        return CronTrigger(**fields, timezone=zone)
+    either = [{**fields, "day_of_week": "*"}, {**fields, "day": "*"}]
+    return OrTrigger([CronTrigger(**each, timezone=zone) for each in either])
+
+
+def _weekdays(field: str) -> str:
+    """Day names for cron's numbers, names, ranges and steps: `5-7` is `sun,fri,sat`."""
+    chosen: set[int] = set()
+    for part in field.split(","):
+        match = _PART.match(part)
+        if match is None:
+            raise ValueError(f"day of week {part!r} is not understood; write names (mon-fri) or numbers 0-7")
+        chosen |= _days_of(match)
+    return ",".join(_DAYS[day] for day in sorted(chosen))
+
+
+def _days_of(part: re.Match[str]) -> set[int]:
+    step = int(part["step"] or 1)
+    if step == 0:
+        raise ValueError("a step of 0 in the day of week goes nowhere")
+    first = _day(part["first"]) if part["first"] else 0
+    last = _day(part["last"]) if part["last"] else first
+    if part["first"] is None or (part["step"] and part["last"] is None):
+        last = 6  # `*` and `2/2` run to the end of the week
+    if last < first:
+        last += 7  # `fri-mon` goes over the week's end
+    return {day % 7 for day in range(first, last + 1, step)}
+
+
+def _day(text: str) -> int:
+    if text in _DAYS:
+        return _DAYS.index(text)
+    if text.isdigit() and int(text) <= 7:
+        return int(text)
+    raise ValueError(f"day of week {text!r} is neither a number 0-7 nor one of {', '.join(_DAYS)}")

@@ -1,0 +1,234 @@
+"""The connection under the store: open, migrate, named queries, transactions, and errors in words.
+
+Knows DuckDB and nothing of what the tables mean; only `storage.store` may use it. One connection is
+shared by all threads under one lock, and a transaction holds the lock from begin to commit.
+"""
+
+import os
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import duckdb
+
+from storage.errors import StoreBusy, StoreError
+
+SQL = Path(__file__).parent / "sql"
+T = TypeVar("T")
+
+# Extensions are never fetched: everything the store needs is built in.
+_CONFIG = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+_HOLDER = re.compile(r"PID (\d+)")
+_MIGRATION = re.compile(r"^(\d{3})_\w+\.sql$")
+
+# DuckDB's file lock is between processes only; within this one we keep our own.
+_open_here: "weakref.WeakValueDictionary[Path, Database]" = weakref.WeakValueDictionary()
+_opening = threading.Lock()
+
+
+def load_queries(path: Path) -> dict[str, str]:
+    """The `-- name: foo` blocks of an SQL file."""
+    blocks = re.split(r"^-- name: (\w+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    names, texts = blocks[1::2], blocks[2::2]
+    assert len(set(names)) == len(names), "two queries with one name"
+    return {name: text.partition(";")[0].strip() for name, text in zip(names, texts, strict=True)}
+
+
+QUERIES = load_queries(SQL / "queries.sql")
+
+
+class Database:
+    """A migrated DuckDB file. Open it with `Database.open`."""
+
+    def __init__(self, path: Path, connection: Any) -> None:
+        self.path = path
+        self._connection = connection
+        self._lock = threading.RLock()
+        self._depth = 0
+
+    @classmethod
+    def open(cls, path: Path, *, now: datetime, read_only: bool = False, migrations: Path = SQL) -> Self:
+        path = path.resolve()
+        if read_only and not path.exists():
+            raise StoreError(f"there is no store at {path} yet; `daemon run` makes it")
+        with _opening:
+            holder = _open_here.get(path)
+            if holder is not None and not read_only:
+                raise StoreBusy(
+                    f"this process ({os.getpid()}) already has the store {path} open; close it first"
+                )
+            database = cls(path, _connect(path, read_only=read_only))
+            try:
+                _migrate(database, migrations, now=now, read_only=read_only)
+            except BaseException:
+                database.close()
+                raise
+            if not read_only:
+                _open_here[path] = database
+        return database
+
+    def close(self) -> None:
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+        if _open_here.get(self.path) is self:
+            del _open_here[self.path]
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, and nobody else in between. A transaction inside another joins it."""
+        with self._lock, self._in_words():
+            if self._depth == 0:
+                self._use().execute("BEGIN TRANSACTION")
+            self._depth += 1
+            try:
+                yield
+                if self._depth == 1:
+                    self._use().execute("COMMIT")
+            except BaseException:
+                if self._depth == 1:
+                    with suppress(duckdb.Error):  # a failed COMMIT has rolled back by itself
+                        self._use().execute("ROLLBACK")
+                raise
+            finally:
+                self._depth -= 1
+
+    def rows(self, query: str, given: Any = None, **values: Any) -> list[tuple[Any, ...]]:
+        """All rows of a named query."""
+        return self._run(query, given, values)[1]
+
+    def value(self, query: str, **values: Any) -> Any:
+        """The first column of the first row; None without a row."""
+        rows = self.rows(query, **values)
+        return rows[0][0] if rows else None
+
+    def all(self, make: Callable[..., T], query: str, given: Any = None, **values: Any) -> list[T]:
+        """All rows of a named query, each made into a record from its column names."""
+        names, rows = self._run(query, given, values)
+        return [make(**dict(zip(names, row, strict=True))) for row in rows]
+
+    def one(self, make: Callable[..., T], query: str, **values: Any) -> T | None:
+        """The first row as a record; None without a row."""
+        records = self.all(make, query, **values)
+        return records[0] if records else None
+
+    def script(self, sql: str) -> list[tuple[Any, ...]]:
+        """Run SQL that is not one of the named queries: migrations, and looking around."""
+        with self._lock, self._in_words():
+            return list(self._use().execute(sql).fetchall())
+
+    def _run(self, query: str, given: Any, values: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """Everything is fetched before the lock is given back: an open result blocks the next query."""
+        with self._lock, self._in_words():
+            connection = self._use()
+            if given is not None:
+                connection.register("given", given)
+            try:
+                connection.execute(QUERIES[query], values or None)
+                return [column[0] for column in connection.description], connection.fetchall()
+            finally:
+                if given is not None:
+                    with suppress(duckdb.Error):  # in a failed transaction; the next `given` replaces it
+                        connection.unregister("given")
+
+    def _use(self) -> Any:
+        if self._connection is None:
+            raise StoreError(f"the store {self.path} is closed")
+        return self._connection
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
+        except duckdb.Error as error:
+            raise StoreError(
+                f"the store {self.path} could not be used: {_first_line(error)}; "
+                "nothing was changed. `daemon doctor` looks for the cause"
+            ) from error
+
+
+def _connect(path: Path, *, read_only: bool) -> Any:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return duckdb.connect(str(path), read_only=read_only, config=_CONFIG)
+    except OSError as error:
+        raise StoreError(f"the folder of the store cannot be made: {error}; check bot.state_dir") from None
+    except duckdb.Error as error:
+        raise _explain(path, error) from None
+
+
+def _explain(path: Path, error: Exception) -> StoreError:
+    """Why the file did not open, and what to do about it."""
+    text = _first_line(error)
+    if "set lock" in text or "different configuration" in text:
+        holder = _HOLDER.search(str(error))
+        process = f"process {holder[1]}" if holder else "another process"
+        return StoreBusy(
+            f"{process} holds the store {path}; is a daemon already running? Try `daemon status`"
+        )
+    if "Cannot open file" in text or "ermission denied" in text:
+        return StoreError(f"the store {path} cannot be opened: {text}; check the owner and mode of the file")
+    if "version number" in text:
+        return StoreError(
+            f"the store {path} was written by another DuckDB: {text}; `pip install --upgrade duckdb` reads it"
+        )
+    return StoreError(
+        f"the store {path} is damaged: {text}; stop the daemon, move {path.name} and {path.name}.wal "
+        "aside, put your newest backup in their place, and run `daemon doctor`"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _migrate(database: Database, folder: Path, *, now: datetime, read_only: bool) -> None:
+    """Bring the schema up to date: each migration is one transaction, recorded in it."""
+    try:
+        applied = _applied(database)
+        known = _migrations(folder)
+    except StoreError as error:
+        if error.__cause__ is not None:  # the file opened, but its pages do not read
+            raise _explain(database.path, error.__cause__) from None  # type: ignore[arg-type]
+        raise
+    if applied > max(known):
+        raise StoreError(
+            f"the store {database.path} has schema {applied}, this Holdfast knows {max(known)}; "
+            "it was written by a newer version: `pip install --upgrade holdfast`"
+        )
+    missing = [number for number in sorted(known) if number > applied]
+    if missing and read_only:
+        raise StoreError(
+            f"the store {database.path} has schema {applied}, this Holdfast needs {max(known)}; "
+            "`daemon run` brings it up to date"
+        )
+    for number in missing:
+        with database.transaction():
+            database.script(known[number].read_text(encoding="utf-8"))
+            database.script(
+                f"INSERT INTO schema_migrations VALUES ({number}, TIMESTAMP '{now.isoformat(' ')}')"
+            )
+
+
+def _applied(database: Database) -> int:
+    """The highest migration in the file; 0 for an empty file, which is a new one."""
+    names = {row[0] for row in database.script("SELECT table_name FROM duckdb_tables()")}
+    if not names:
+        return 0
+    if "schema_migrations" not in names:
+        raise StoreError(
+            f"{database.path} is a DuckDB file, but not a Holdfast store (it has the tables "
+            f"{', '.join(sorted(names)[:5])}); set bot.state_dir to a folder of the daemon's own"
+        )
+    return int(database.script("SELECT coalesce(max(version), 0) FROM schema_migrations")[0][0])
+
+
+def _migrations(folder: Path) -> dict[int, Path]:
+    found = ((_MIGRATION.match(path.name), path) for path in folder.iterdir())
+    return {int(match[1]): path for match, path in found if match}

@@ -1,0 +1,383 @@
+"""Where metrics, figures and model versions become visible: one MLflow experiment and one model per bot.
+
+The only module that imports MLflow (with daemon/served_model.py). It records and never decides, and
+it imports no torch: models are saved as code plus files, without loading them.
+
+Everything may be repeated after a crash. A cycle counts as published when its model version exists:
+that is one transaction, and the version carries the cycle's number. Whatever an interrupted attempt
+left before that is removed and written again.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from storage import runs
+from storage.errors import RegistryError, RegistryUnavailable
+from storage.reach import absolute, is_server, obstacle, redact
+from storage.runs import CycleRecord, Matrix, Point
+
+__all__ = ["CycleRecord", "Matrix", "Registry"]
+
+logger = logging.getLogger(__name__)
+
+CYCLE_TAG = "holdfast.cycle"
+STREAM_TAG = "holdfast.stream"
+REASON_TAG = "holdfast.reason"  # why a cycle failed, or why a version was rejected
+MODEL_DIR = "model"  # in the run's artifacts
+
+# MLflow reads these when it is imported; the operator's own values win. Seconds instead of minutes
+# of retries: a cycle that cannot publish now keeps its verdict and publishes later.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_UV_AUTO_DETECT": "false",  # would copy the working directory's uv.lock into the model
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+_CHATTY = ("mlflow", "alembic", "matplotlib", "urllib3.connectionpool")
+# What a served model imports; versions are those of this machine.
+_REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "safetensors", "tokenizers", "holdfast")
+_METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100  # MLflow's own limits of one batch
+_EXAMPLE = {"question": "What is the capital of France?", "context": "", "task": ""}
+# Errors that another day may cure, as opposed to requests that MLflow will always refuse.
+_PASSING = frozenset(
+    {
+        "INTERNAL_ERROR",
+        "TEMPORARILY_UNAVAILABLE",
+        "REQUEST_LIMIT_EXCEEDED",
+        "UNAUTHENTICATED",
+        "PERMISSION_DENIED",
+    }
+)
+
+
+class Registry:
+    """One bot's experiment and registered model, both named after it."""
+
+    def __init__(self, tracking_uri: str, bot: str, artifact_root: Path, served_model: Path) -> None:
+        """Touches nothing yet. `artifact_root` is used where no server decides on the place."""
+        self._uri = absolute(tracking_uri)
+        self._bot = bot
+        self._artifact_root = artifact_root.absolute()
+        self._served_model = served_model
+        self._lock = threading.RLock()
+        self._connected: tuple[Any, str] | None = None
+
+    @property
+    def shown_uri(self) -> str:
+        """The tracking URI without its password."""
+        return redact(self._uri, self._uri)
+
+    def model_uri(self, version: int) -> str:
+        return f"models:/{self._bot}/{version}"
+
+    def check(self) -> None:
+        """Raises RegistryUnavailable when MLflow cannot be used now."""
+        with self._mlflow():
+            pass
+
+    def publish(self, record: CycleRecord) -> int:
+        """The version of the cycle: its run and its model, written once however often this is called."""
+        if not record.adapter_dir.is_dir():
+            raise RegistryError(
+                f"there is no adapter at {record.adapter_dir}; cancel the cycle and run it again"
+            )
+        with self._mlflow() as (client, experiment):
+            done = self._find_version(client, record.cycle_id)
+            if done is None:
+                self._remove_runs(client, experiment, record.cycle_id)
+                done = self._write(client, experiment, record)
+            self._finish(client, done.run_id, "FINISHED", record.finished_at)
+            return int(done.version)
+
+    def version_of(self, cycle_id: int) -> int | None:
+        """The version that a cycle made, if it was published."""
+        with self._mlflow() as (client, _):
+            found = self._find_version(client, cycle_id)
+            return int(found.version) if found is not None else None
+
+    def log_failure(
+        self,
+        cycle_id: int,
+        params: Mapping[str, str],
+        reason: str,
+        *,
+        tags: Mapping[str, str] | None = None,
+        started_at: datetime | None = None,
+        finished_at: datetime | None = None,
+    ) -> None:
+        """A failed run with its reason, once. A cycle that has a version already keeps its one run."""
+        with self._mlflow() as (client, experiment):
+            if self._find_version(client, cycle_id) is not None:
+                return
+            found = self._runs(client, experiment, CYCLE_TAG, str(cycle_id))
+            if any(run.info.status == "FAILED" for run in found):
+                return
+            self._remove_runs(client, experiment, cycle_id)
+            tags = {**(tags or {}), REASON_TAG: reason, "mlflow.note.content": reason}
+            run = self._create_run(client, experiment, cycle_id, tags, started_at)
+            _log_params(client, run.info.run_id, params)
+            self._finish(client, run.info.run_id, "FAILED", finished_at)
+
+    def log_stream(
+        self, step: int, metrics: Mapping[str, float | None], matrix: Matrix | None = None
+    ) -> None:
+        """The curves over all cycles, in one run that never ends. `step` is the cycle's number.
+
+        A number that a step has already is left alone; the heat map there is always the newest.
+        """
+        with self._mlflow() as (client, experiment):
+            run_id = self._stream_run(client, experiment)
+            points = [(runs.key(name), value, step) for name, value in metrics.items()]
+            new = [point for point in points if not _has_step(client, run_id, point[0], step)]
+            _log_metrics(client, run_id, new, int(time.time() * 1000))
+            if matrix is not None:
+                with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
+                    runs.write_matrix(Path(folder), matrix)
+                    client.log_artifacts(run_id, folder)
+
+    def set_alias(self, alias: str, version: int) -> None:
+        """Moves the alias; readers see the old version or the new one."""
+        with self._mlflow() as (client, _):
+            client.set_registered_model_alias(self._bot, alias, str(version))
+
+    def alias(self, alias: str) -> int | None:
+        """The version that the alias points to."""
+        with self._mlflow() as (client, _):
+            found = client.search_registered_models(filter_string=f"name = '{self._bot}'")
+            version = found[0].aliases.get(alias) if found else None
+            return int(version) if version is not None else None
+
+    def delete_alias(self, alias: str) -> None:
+        """No alias afterwards, whether there was one or not."""
+        with self._mlflow() as (client, _):
+            if client.search_registered_models(filter_string=f"name = '{self._bot}'"):
+                client.delete_registered_model_alias(self._bot, alias)
+
+    def tag_version(self, version: int, tags: Mapping[str, str]) -> None:
+        with self._mlflow() as (client, _):
+            for key, value in runs.tags(tags).items():
+                client.set_model_version_tag(self._bot, str(version), key, value)
+
+    # --- the connection ---------------------------------------------------------------------
+
+    @contextmanager
+    def _mlflow(self) -> Iterator[tuple[Any, str]]:
+        """Client and experiment id; whatever MLflow raises inside comes out in our words."""
+        with self._lock:
+            self._knock()
+            _prepare()
+            from mlflow.exceptions import MlflowException
+            from sqlalchemy.exc import SQLAlchemyError
+
+            errors = (MlflowException, SQLAlchemyError, OSError)  # OSError: files, and all of requests
+            try:
+                if self._connected is None:
+                    self._connected = self._connect()
+            except errors as error:
+                raise self._unavailable(str(error)) from None
+            try:
+                yield self._connected
+            except errors as error:
+                code = getattr(error, "error_code", "INTERNAL_ERROR")
+                if code in _PASSING:
+                    raise self._unavailable(str(error)) from None
+                raise RegistryError(f"MLflow at {self.shown_uri} refused: {self._redact(error)}") from None
+
+    def _knock(self) -> None:
+        problem = obstacle(self._uri)
+        if problem is not None:
+            raise self._unavailable(problem)
+
+    def _unavailable(self, problem: str) -> RegistryUnavailable:
+        return RegistryUnavailable(
+            f"MLflow at {self.shown_uri} cannot be used: {self._redact(problem)}; check mlflow.tracking_uri "
+            "with `daemon doctor`. The cycle keeps its verdict and is published when MLflow is back"
+        )
+
+    def _redact(self, problem: object) -> str:
+        return redact(str(problem), self._uri).strip()
+
+    def _connect(self) -> tuple[Any, str]:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+        experiment = client.get_experiment_by_name(self._bot)
+        if experiment is None:
+            return client, client.create_experiment(self._bot, artifact_location=self._artifact_location())
+        if experiment.lifecycle_stage != "active":
+            raise MlflowException(
+                f"the experiment {self._bot!r} was deleted; bring it back with "
+                f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
+            )
+        return client, experiment.experiment_id
+
+    def _artifact_location(self) -> str | None:
+        return None if is_server(self._uri) else (self._artifact_root / self._bot).as_uri()
+
+    # --- runs and versions ------------------------------------------------------------------
+
+    def _find_version(self, client: Any, cycle_id: int) -> Any:
+        found = client.search_model_versions(f"name = '{self._bot}' and tags.`{CYCLE_TAG}` = '{cycle_id}'")
+        return min(found, key=lambda v: int(v.version), default=None)
+
+    def _runs(self, client: Any, experiment: str, tag: str, value: str) -> list[Any]:
+        return list(
+            client.search_runs([experiment], f"tags.`{tag}` = '{value}'", order_by=["start_time ASC"])
+        )
+
+    def _remove_runs(self, client: Any, experiment: str, cycle_id: int) -> None:
+        """What an interrupted attempt left: the files first, so that a second interruption finds the rest.
+
+        Files on a remote store are left to `mlflow gc`, which knows that deleted runs may go.
+        """
+        for run in self._runs(client, experiment, CYCLE_TAG, str(cycle_id)):
+            place = urlsplit(run.info.artifact_uri)
+            folder = Path(unquote(place.path))
+            if place.scheme in ("", "file") and folder.is_relative_to(self._artifact_root):
+                shutil.rmtree(folder, ignore_errors=True)
+            client.delete_run(run.info.run_id)
+            logger.info(
+                "removed an unfinished MLflow run", extra={"action": "registry.clean", "cycle": cycle_id}
+            )
+
+    def _write(self, client: Any, experiment: str, record: CycleRecord) -> Any:
+        tags = {**record.tags, "mlflow.note.content": record.description}
+        if record.predictions:
+            tags["mlflow.loggedArtifacts"] = json.dumps([{"path": runs.PREDICTIONS, "type": "table"}])
+        run = self._create_run(client, experiment, record.cycle_id, tags, record.started_at)
+        run_id = run.info.run_id
+        _log_params(client, run_id, record.params)
+        _log_metrics(client, run_id, runs.points(record), runs.milliseconds(record.finished_at))
+        with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
+            runs.write_files(Path(folder), record)
+            self._save_model(Path(folder) / MODEL_DIR, run_id, record)
+            client.log_artifacts(run_id, folder)
+        self._ensure_model(client)
+        version_tags = {**record.version_tags, CYCLE_TAG: str(record.cycle_id)}
+        return client.create_model_version(
+            self._bot,
+            source=f"{run.info.artifact_uri}/{MODEL_DIR}",
+            run_id=run_id,
+            tags=runs.tags(version_tags),
+            description=record.description or None,
+        )
+
+    def _create_run(
+        self,
+        client: Any,
+        experiment: str,
+        cycle_id: int,
+        tags: Mapping[str, str],
+        started_at: datetime | None,
+    ) -> Any:
+        own = {CYCLE_TAG: str(cycle_id), "mlflow.source.name": "holdfast"}
+        return client.create_run(
+            experiment,
+            run_name=f"cycle-{cycle_id}",
+            start_time=runs.milliseconds(started_at),
+            tags=runs.tags({**tags, **own}),
+        )
+
+    def _finish(self, client: Any, run_id: str, status: str, at: datetime | None) -> None:
+        run = client.get_run(run_id)
+        if run.info.status != status and run.info.lifecycle_stage == "active":
+            client.set_terminated(run_id, status, runs.milliseconds(at))
+
+    def _stream_run(self, client: Any, experiment: str) -> str:
+        found = self._runs(client, experiment, STREAM_TAG, "true")
+        if found:
+            return str(found[0].info.run_id)
+        tags = {STREAM_TAG: "true", "mlflow.source.name": "holdfast"}
+        return str(client.create_run(experiment, run_name="stream", tags=tags).info.run_id)
+
+    def _ensure_model(self, client: Any) -> None:
+        if not client.search_registered_models(filter_string=f"name = '{self._bot}'"):
+            client.create_registered_model(
+                self._bot, description=f"Adapters of {self._bot}, one version a cycle."
+            )
+
+    def _save_model(self, folder: Path, run_id: str, record: CycleRecord) -> None:
+        """Code, adapter and continual state; the base stays where it is, named by its fingerprint."""
+        import pandas
+        from mlflow import pyfunc
+        from mlflow.models import Model, ModelSignature
+        from mlflow.types import ColSpec, DataType, Schema
+
+        artifacts = {"adapter": str(record.adapter_dir.absolute())}
+        if record.state_dir is not None:
+            artifacts["state"] = str(record.state_dir.absolute())
+        pyfunc.save_model(
+            folder,
+            python_model=str(self._served_model),
+            artifacts=artifacts,
+            model_config=json.loads(json.dumps(dict(record.model_config), default=str)),
+            mlflow_model=Model(artifact_path=MODEL_DIR, run_id=run_id),
+            pip_requirements=requirements(),
+            # No input schema: MLflow's schemas admit a list of questions or a table with optional
+            # columns, never both. The example shows the columns.
+            signature=ModelSignature(outputs=Schema([ColSpec(DataType.string)])),
+            input_example=pandas.DataFrame([_EXAMPLE]),
+        )
+
+
+def requirements() -> list[str]:
+    """What a served model needs, in the versions installed here; nothing is guessed by importing."""
+    found = []
+    for name in _REQUIREMENTS:
+        try:
+            found.append(f"{name}=={version(name).partition('+')[0]}")
+        except PackageNotFoundError:
+            continue  # holdfast itself, when run from a checkout
+    return found
+
+
+def _prepare() -> None:
+    """Before MLflow's first import, and harmless after it. Loggers keep working, from WARNING up."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in _CHATTY:
+        chatty = logging.getLogger(name)
+        if chatty.level < logging.WARNING:
+            chatty.setLevel(logging.WARNING)
+
+
+def _has_step(client: Any, run_id: str, name: str, step: int) -> bool:
+    return any(point.step == step for point in client.get_metric_history(run_id, name))
+
+
+def _log_metrics(client: Any, run_id: str, points: Sequence[Point], at: int | None) -> None:
+    from mlflow.entities import Metric
+
+    metrics = (
+        Metric(name, float(value), at, step)
+        for name, value, step in points
+        if value is not None and math.isfinite(value)  # MLflow would store inf as 1.8e308
+    )
+    while batch := list(islice(metrics, _METRICS_AT_ONCE)):
+        client.log_batch(run_id, metrics=batch)
+
+
+def _log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    rest = (Param(runs.key(name), str(value)) for name, value in params.items())
+    while batch := list(islice(rest, _PARAMS_AT_ONCE)):
+        client.log_batch(run_id, params=batch)

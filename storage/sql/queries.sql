@@ -1,0 +1,190 @@
+-- The store's queries, one a name. `given` is a table of bulk values that the caller registers.
+
+-- rows ----------------------------------------------------------------------------------------
+
+-- name: insert_rows
+INSERT INTO rows BY NAME SELECT * FROM given;
+
+-- name: last_row
+SELECT coalesce(max(seq), 0) FROM rows;
+
+-- name: insert_quarantine
+INSERT INTO quarantine BY NAME SELECT * FROM given ON CONFLICT DO NOTHING;
+
+-- name: quarantined
+SELECT * FROM quarantine WHERE $reason IS NULL OR reason = $reason ORDER BY "at" DESC, hash LIMIT $limit;
+
+-- name: quarantine_counts
+SELECT reason, count(*) FROM quarantine GROUP BY reason ORDER BY reason;
+
+-- name: rows_given
+SELECT rows.* FROM rows JOIN given USING (hash);
+
+-- name: hashes_given
+SELECT hash FROM rows JOIN given USING (hash);
+
+-- name: answers_given
+SELECT rows.key, rows.hash, rows.answer FROM rows WHERE rows.key IN (SELECT hash FROM given);
+
+-- name: splits_given
+SELECT DISTINCT question_key, split FROM rows WHERE question_key IN (SELECT hash FROM given);
+
+-- name: row_counts
+SELECT task, split, count(*) FROM rows GROUP BY task, split ORDER BY task, split;
+
+-- name: task_rows
+SELECT * FROM rows WHERE task = $task AND split = $split ORDER BY seq;
+
+-- name: pending
+SELECT * FROM rows
+WHERE split = $split AND hash NOT IN (
+    SELECT row_hash FROM cycle_rows
+    WHERE role = $split AND cycle_id IN (SELECT unnest($lineage::BIGINT[]))
+)
+ORDER BY seq;
+
+-- name: cursor
+SELECT watermark, full_scan_at, pulled_at FROM cursors WHERE source = $source;
+
+-- name: save_cursor
+INSERT INTO cursors VALUES ($source, $watermark, $full_scan_at, $pulled_at)
+ON CONFLICT (source) DO UPDATE SET
+    watermark = excluded.watermark, full_scan_at = excluded.full_scan_at, pulled_at = excluded.pulled_at;
+
+-- tasks and suites ----------------------------------------------------------------------------
+
+-- name: tasks
+SELECT * FROM tasks ORDER BY created_at, name;
+
+-- name: put_task
+INSERT INTO tasks VALUES ($name, $kind, $metric, $origin, $labels, $created_at)
+ON CONFLICT (name) DO UPDATE SET
+    kind = excluded.kind, metric = excluded.metric, origin = excluded.origin, labels = excluded.labels;
+
+-- name: suites
+SELECT * FROM suites ORDER BY task, version;
+
+-- name: suite
+SELECT * FROM suites WHERE task = $task AND version = $version;
+
+-- name: latest_suite
+SELECT * FROM suites WHERE task = $task ORDER BY version DESC LIMIT 1;
+
+-- name: latest_suites
+SELECT * FROM suites QUALIFY version = max(version) OVER (PARTITION BY task) ORDER BY task;
+
+-- name: insert_suite
+INSERT INTO suites VALUES ($task, $version, $hash, $size, $frozen_at, $cycle_id);
+
+-- name: insert_suite_rows
+INSERT INTO suite_rows SELECT $task, $version, hash FROM given;
+
+-- name: strangers_given
+SELECT given.hash FROM given ANTI JOIN (
+    SELECT hash FROM rows WHERE task = $task AND split = 'suite'
+) AS suite USING (hash);
+
+-- name: suite_rows
+SELECT rows.* FROM suite_rows JOIN rows ON rows.hash = suite_rows.row_hash
+WHERE suite_rows.task = $task AND suite_rows.version = $version
+ORDER BY rows.hash;
+
+-- cycles --------------------------------------------------------------------------------------
+
+-- name: insert_cycle
+INSERT INTO cycles (id, state, trigger, requested_by, requested_at)
+SELECT coalesce(max(id), 0) + 1, 'requested', $trigger, $requested_by, $now FROM cycles
+RETURNING *;
+
+-- name: cycle
+SELECT * FROM cycles WHERE id = $id;
+
+-- name: unfinished
+SELECT * FROM cycles WHERE finished_at IS NULL ORDER BY id;
+
+-- name: cycles
+SELECT * FROM cycles ORDER BY id DESC LIMIT $limit;
+
+-- name: update_cycle
+UPDATE cycles SET
+    state = $state, trigger = $trigger, requested_by = $requested_by, requested_at = $requested_at,
+    started_at = $started_at, finished_at = $finished_at, parent = $parent, snapshot = $snapshot,
+    version = $version, reason = $reason, attempts = $attempts
+WHERE id = $id;
+
+-- name: count_attempt
+UPDATE cycles SET attempts = attempts + 1 WHERE id = $id RETURNING attempts;
+
+-- name: insert_cycle_rows
+INSERT INTO cycle_rows SELECT $cycle_id, hash, role FROM given ON CONFLICT DO NOTHING;
+
+-- name: cycle_rows
+SELECT row_hash FROM cycle_rows
+WHERE cycle_id = $cycle_id AND ($role IS NULL OR role = $role)
+ORDER BY role, row_hash;
+
+-- name: cycle_tasks
+SELECT DISTINCT rows.task FROM cycle_rows JOIN rows ON rows.hash = cycle_rows.row_hash
+WHERE cycle_rows.cycle_id = $cycle_id AND cycle_rows.role = 'train' ORDER BY rows.task;
+
+-- name: insert_verdict
+INSERT INTO verdicts VALUES ($cycle_id, $passed, $verdict, $now);
+
+-- name: verdict
+SELECT passed, verdict FROM verdicts WHERE cycle_id = $cycle_id;
+
+-- models and promotions -----------------------------------------------------------------------
+
+-- name: insert_model
+INSERT INTO models VALUES ($version, $cycle_id, $parent, $result, $adapter_hash, $base, $created_at);
+
+-- name: model
+SELECT * FROM models WHERE version = $version;
+
+-- name: model_of_cycle
+SELECT * FROM models WHERE cycle_id = $cycle_id;
+
+-- name: models
+SELECT * FROM models ORDER BY version;
+
+-- name: promotions
+SELECT * FROM promotions ORDER BY seq;
+
+-- name: champion
+SELECT * FROM promotions ORDER BY seq DESC LIMIT 1;
+
+-- name: insert_promotion
+INSERT INTO promotions
+SELECT coalesce(max(seq), 0) + 1, $version, $previous, $cycle_id, $kind, $who, $why, $now FROM promotions
+RETURNING *;
+
+-- evaluation ----------------------------------------------------------------------------------
+
+-- name: insert_predictions
+INSERT INTO predictions
+SELECT $model, $exam, row_hash, prediction, exact_match, token_f1, score FROM given
+ON CONFLICT DO NOTHING;
+
+-- name: predictions
+SELECT row_hash, prediction, exact_match, token_f1, score FROM predictions
+WHERE model = $model AND exam = $exam ORDER BY row_hash;
+
+-- name: put_scores
+INSERT OR REPLACE INTO scores BY NAME SELECT * FROM given;
+
+-- name: scores
+SELECT * FROM scores WHERE $cycle_id IS NULL OR cycle_id = $cycle_id ORDER BY cycle_id, label, task;
+
+-- events and meta -----------------------------------------------------------------------------
+
+-- name: insert_event
+INSERT INTO events SELECT coalesce(max(seq), 0) + 1, $now, $kind, $cycle_id, $detail FROM events;
+
+-- name: events
+SELECT * FROM events WHERE $cycle_id IS NULL OR cycle_id = $cycle_id ORDER BY seq DESC LIMIT $limit;
+
+-- name: get_meta
+SELECT value FROM meta WHERE key = $key;
+
+-- name: set_meta
+INSERT INTO meta VALUES ($key, $value) ON CONFLICT (key) DO UPDATE SET value = excluded.value;

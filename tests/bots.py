@@ -1,0 +1,171 @@
+"""A whole bot for tests: tiny base, real store, real MLflow, stages run in this process.
+
+`InlineExecutor` is an executor like any other: it runs the worker's own stage functions, only without
+the child process, so that a test pays the imports once.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import duckdb
+
+from daemon import config
+from daemon.config import Settings
+from daemon.cycle import CycleRunner
+from daemon.executor import OnProgress, Stop
+from storage.records import Cycle
+from storage.registry import Registry
+from storage.store import Store
+from strategies.contract import EvaluateJob, PreparedBase, PrepareJob, TrainJob, TrainReport
+from tests.toys import tiny_base
+
+COLOURS = ("red", "green", "blue", "white")
+FLAVOURS = ("sweet", "sour", "salty", "bitter")
+
+
+class InlineExecutor:
+    """Runs stages here. `before` and `after` let a test stand in a doorway: they get the stage's name."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.before: Callable[[str], None] = lambda stage: None
+        self.after: Callable[[str], None] = lambda stage: None
+
+    def prepare(self, job: PrepareJob, on_progress: OnProgress, stop: Stop) -> PreparedBase:
+        from strategies.base import prepare
+
+        self._enter("prepare")
+        return prepare(job)
+
+    def train(self, job: TrainJob, on_progress: OnProgress, stop: Stop) -> TrainReport:
+        from strategies.loop import train
+
+        self._enter("train")
+        report = train(job, on_progress, stop.is_set)
+        self.after("train")
+        return report
+
+    def evaluate(self, job: EvaluateJob, on_progress: OnProgress, stop: Stop) -> None:
+        from strategies.evaluation import evaluate
+
+        self._enter("evaluate")
+        evaluate(job, on_progress)
+        self.after("evaluate")
+
+    def close(self) -> None:
+        pass
+
+    def _enter(self, stage: str) -> None:
+        self.calls.append(stage)
+        self.before(stage)
+
+
+class Clock:
+    """A clock that a test moves; every reading is a second later, so that order is visible."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 3, 1, 2, 30)
+
+    def __call__(self) -> datetime:
+        self.now += timedelta(seconds=1)
+        return self.now
+
+
+@dataclass(kw_only=True)
+class Bot:
+    """One bot in a temporary directory."""
+
+    home: Path
+    settings: Settings
+    clock: Clock
+    executor: InlineExecutor
+    store: Store
+    registry: Registry
+
+    def request(self) -> Cycle:
+        return self.store.request_cycle("manual", "test")
+
+    def run(self, cycle: Cycle | None = None, stop: Stop | None = None) -> Cycle:
+        cycle = cycle or self.request()
+        return self.runner().run(cycle.id, stop or Stop())
+
+    def runner(self) -> CycleRunner:
+        return CycleRunner(self.settings, self.store, self.registry, self.executor, clock=self.clock)
+
+    def reopen(self) -> None:
+        """As after a restart: nothing survives but what is on disk."""
+        self.store.close()
+        self.store = Store.open(self.settings.store_path, clock=self.clock)
+        self.registry = open_registry(self.settings)
+
+    def collect(self, rows: Iterable[tuple[str, str, str, str, str]]) -> None:
+        collect(self.home / "qa.duckdb", rows)
+
+
+def write_config(home: Path, base: Path, **overrides: object) -> Path:
+    """A config for a tiny bot whose collector is `home/qa.duckdb`; overrides are dotted keys."""
+    values: dict[str, object] = {
+        "bot.name": "test-bot",
+        "model.base": str(base),
+        "model.max_tokens": 128,
+        "model.dtype": "float32",
+        "lora.rank": 4,
+        "training.epochs": 2,
+        "training.learning_rate": 0.01,
+        "training.batch_size": 8,
+        "training.patience": 0,
+        "training.checkpoint_steps": 2,
+        "training.threads": 1,
+        "source.path": str(home / "qa.duckdb"),
+        "source.columns.split": "split",
+        "strategy.fisher_rows": 8,
+        "evaluation.max_new_tokens": 12,
+        "gate.max_drop": 1.0,
+        "gate.min_gain": -1.0,
+        "gate.bootstrap": 200,
+        "schedule.cron": "",
+        **{key.replace("__", "."): value for key, value in overrides.items()},
+    }
+    tables: dict[str, list[str]] = {}
+    for key, value in values.items():
+        table, _, name = key.rpartition(".")
+        tables.setdefault(table, []).append(f"{name} = {config._toml(value)}")
+    path = home / "config.toml"
+    path.write_text("\n".join(f"[{table}]\n" + "\n".join(lines) + "\n" for table, lines in tables.items()))
+    return path
+
+
+def make_bot(home: Path, base: Path | None = None, **overrides: object) -> Bot:
+    home.mkdir(parents=True, exist_ok=True)
+    settings = config.load(write_config(home, base or tiny_base(home / "base"), **overrides))
+    settings.state_dir.mkdir(mode=0o700, exist_ok=True)
+    clock = Clock()
+    store = Store.open(settings.store_path, clock=clock)
+    registry = open_registry(settings)
+    return Bot(home=home, settings=settings, clock=clock, executor=InlineExecutor(), store=store, registry=registry)
+
+
+def open_registry(settings: Settings) -> Registry:
+    from daemon.publish import SERVED_MODEL
+
+    return Registry(settings.tracking_uri, settings.bot.name, settings.state_dir / "artifacts", SERVED_MODEL)
+
+
+def collect(path: Path, rows: Iterable[tuple[str, str, str, str, str]]) -> None:
+    """What a collector does: opens its file, appends (id, task, question, answer, split), closes it."""
+    with duckdb.connect(str(path)) as connection:
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS qa (id TEXT, task TEXT, question TEXT, answer TEXT, split TEXT)"
+        )
+        connection.executemany("INSERT INTO qa VALUES (?, ?, ?, ?, ?)", list(rows))
+
+
+def lesson(task: str, answers: tuple[str, ...] = COLOURS, train: int = 16, suite: int = 8) -> list[tuple[str, str, str, str, str]]:
+    """A little closed-label task: which answer belongs to which numbered thing of the task."""
+    splits = ["train"] * train + ["validation"] * 4 + ["suite"] * suite
+    return [
+        (f"{task}-{n}", task, f"which one is {task} {n}", answers[n % len(answers)], split)
+        for n, split in enumerate(splits)
+    ]

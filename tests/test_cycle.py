@@ -1,0 +1,334 @@
+"""The cycle with everything real but the process boundary: every ending, every restart."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from daemon import promote, report
+from daemon.executor import Stop
+from storage.errors import IntegrityError, Interrupted, WorkerError
+from storage.records import State
+from tests.bots import FLAVOURS, Bot, lesson, make_bot
+from tests.toys import tiny_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def bot(tmp_path: Path, base: Path) -> Iterator[Bot]:
+    made = make_bot(tmp_path, base)
+    yield made
+    made.store.close()
+
+
+def two_promoted(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    assert bot.run().state is State.PROMOTED
+    bot.collect(lesson("flavours", FLAVOURS))
+    assert bot.run().state is State.PROMOTED
+
+
+def test_two_tasks_in_two_cycles_end_promoted_with_a_full_accuracy_matrix(bot: Bot) -> None:
+    two_promoted(bot)
+    table = report.matrix(bot.store)
+    assert table.tasks == ("colours", "flavours")
+    assert table.rows == ("base", "cycle 1", "cycle 2")
+    assert all(value is not None for line in table.values for value in line)
+    assert table.learned_at == (1, 2)
+    assert set(table.metrics()) >= {"average_accuracy", "backward_transfer", "forgetting"}
+    assert bot.registry.alias("champion") == 2
+    assert bot.registry.alias("challenger") is None
+
+
+def test_every_score_is_the_mean_of_stored_predictions(bot: Bot) -> None:
+    two_promoted(bot)
+    for score in bot.store.scores():
+        answers = bot.store.predictions(score.model, score.exam)
+        assert len(answers) == score.size == 8
+        assert score.score == pytest.approx(sum(p.score for p in answers.values()) / len(answers))
+
+
+def test_the_champions_answers_are_not_asked_for_again(bot: Bot) -> None:
+    two_promoted(bot)
+    job_plan = [e for e in bot.store.scores(2) if e.label == "champion" and e.task == "colours"]
+    earlier = [e for e in bot.store.scores(1) if e.label == "candidate" and e.task == "colours"]
+    assert (job_plan[0].model, job_plan[0].exam) == (earlier[0].model, earlier[0].exam)
+
+
+def test_without_new_rows_there_is_nothing_to_do(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    cycle = bot.run()
+    assert cycle.state is State.NOTHING
+    assert "0 new training rows" in (cycle.reason or "")
+    assert bot.executor.calls.count("train") == 1
+
+
+def test_a_rejected_cycle_leaves_its_rows_pending_and_the_champion_alone(bot: Bot, tmp_path: Path, base: Path) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    strict = make_bot_again(bot, base, gate__min_gain=1.0)
+    strict.collect(lesson("flavours", FLAVOURS))
+    cycle = strict.run()
+    assert cycle.state is State.REJECTED
+    assert strict.registry.alias("champion") == 1
+    assert strict.registry.alias("challenger") == cycle.version
+    pending = strict.store.pending(strict.store.lineage(1))
+    assert {row.task for row in pending} == {"flavours"}
+
+
+def make_bot_again(bot: Bot, base: Path, **overrides: object) -> Bot:
+    """The same bot under another configuration, as after an edit and a restart."""
+    bot.store.close()
+    other = make_bot(bot.home, base, **overrides)
+    bot.store = other.store
+    return other
+
+
+def test_without_thresholds_nothing_is_promoted(tmp_path: Path, base: Path) -> None:
+    bot = make_bot(tmp_path, base)
+    settings = bot.settings.model_copy(
+        update={"gate": bot.settings.gate.model_copy(update={"max_drop": None, "min_gain": None})}
+    )
+    bot.settings = settings
+    bot.collect(lesson("colours"))
+    cycle = bot.run()
+    assert cycle.state is State.REJECTED
+    assert "without thresholds nothing is promoted" in (cycle.reason or "")
+    assert bot.registry.alias("champion") is None
+    bot.store.close()
+
+
+STAGES = [State.REQUESTED, State.PULLED, State.SNAPSHOTTED, State.TRAINED, State.EVALUATED, State.DECIDED]
+
+
+@pytest.mark.parametrize("state", STAGES)
+@pytest.mark.parametrize("moment", ["before the record", "after the record"])
+def test_a_crash_at_any_transition_is_continued_to_the_same_end(bot: Bot, state: State, moment: str) -> None:
+    bot.collect(lesson("colours"))
+    cycle = bot.request()
+    crash_at(bot, state, moment)
+    with pytest.raises(Crash):
+        bot.run(cycle)
+    bot.reopen()
+    assert [c.id for c in bot.store.unfinished()] == [cycle.id]
+    ended = bot.run(bot.store.unfinished()[0])
+    assert ended.state is State.PROMOTED
+    assert ended.version == 1
+    assert [p.version for p in bot.store.promotions()] == [1]
+    assert len(bot.store.models()) == 1
+    assert bot.store.row_counts()["colours"]["train"] == 16
+    assert [s.version for s in bot.store.suites()] == [1]
+
+
+class Crash(BaseException):
+    """As sudden as a kill: no handler in the product may catch it."""
+
+
+def crash_at(bot: Bot, state: State, moment: str) -> None:
+    """The next `advance` out of `state` dies before or after its transaction."""
+    advance = bot.store.advance
+
+    def dying(cycle_id: int, to: State, **told: object) -> object:
+        now = bot.store.cycle(cycle_id)
+        assert now is not None
+        if now.state is not state:
+            return advance(cycle_id, to, **told)  # type: ignore[arg-type]
+        if moment == "after the record":
+            advance(cycle_id, to, **told)  # type: ignore[arg-type]
+            if to.ended:
+                pytest.skip("the last record ends the cycle: nothing is left to continue")
+        raise Crash
+
+    bot.store.advance = dying  # type: ignore[method-assign,assignment]
+
+
+def test_cancelling_ends_the_cycle_and_keeps_the_rows_pending(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    stop = Stop()
+    bot.executor.before = lambda stage: stop.request("cancel") if stage == "train" else None
+    cycle = bot.run(stop=stop)
+    assert cycle.state is State.CANCELLED
+    assert len(bot.store.pending([])) == 16
+    bot.executor.before = lambda stage: None
+    assert bot.run().state is State.PROMOTED
+
+
+def test_a_shutdown_in_mid_training_resumes_to_the_adapter_of_an_undisturbed_run(
+    bot: Bot, tmp_path: Path, base: Path
+) -> None:
+    undisturbed = make_bot(tmp_path / "twin", base)
+    undisturbed.collect(lesson("colours"))
+    undisturbed.run()
+    bot.collect(lesson("colours"))
+    cycle = bot.request()
+    with pytest.raises(Interrupted):
+        bot.run(cycle, stop_after_polls(3))
+    bot.reopen()
+    assert bot.run(cycle).state is State.PROMOTED
+    assert bot.store.models()[0].adapter_hash == undisturbed.store.models()[0].adapter_hash
+    undisturbed.store.close()
+
+
+def stop_after_polls(polls: int) -> Stop:
+    """A shutdown that arrives while the training loop is running."""
+
+    class Later(Stop):
+        seen = 0
+        armed = False
+
+        def is_set(self) -> bool:
+            if self.armed:
+                self.seen += 1
+                if self.seen > polls:
+                    self.request("shutdown")
+            return super().is_set()
+
+        def check(self) -> None:
+            super().check()
+
+    stop = Later()
+    stop.armed = True
+    return stop
+
+
+def test_a_worker_that_keeps_dying_fails_the_cycle_and_loses_nothing(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+
+    def die(stage: str) -> None:
+        if stage == "train":
+            raise WorkerError("the worker ended without a result (killed by signal 9)")
+
+    bot.executor.before = die
+    cycle = bot.run()
+    assert cycle.state is State.FAILED
+    assert "3 attempts" in (cycle.reason or "")
+    assert len(bot.store.pending([])) == 16
+
+
+def test_a_worker_that_dies_once_is_replaced(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    deaths = iter([True])
+
+    def die_once(stage: str) -> None:
+        if stage == "train" and next(deaths, False):
+            raise WorkerError("killed")
+
+    bot.executor.before = die_once
+    assert bot.run().state is State.PROMOTED
+
+
+def test_a_tampered_suite_stops_the_cycle_with_a_clear_error(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    bot.executor.before = lambda stage: tamper(bot) if stage == "train" else None
+    cycle = bot.run()
+    assert cycle.state is State.FAILED
+    assert "suite" in (cycle.reason or "")
+    assert bot.registry.alias("champion") is None
+
+
+def tamper(bot: Bot) -> None:
+    for path in (bot.settings.state_dir / "snapshots").glob("*/suites/*"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.chmod(0o600)
+        path.write_bytes(bytes(data))
+
+
+def test_a_damaged_champion_adapter_stops_the_next_cycle(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    adapter = bot.settings.state_dir / "cycles/1/train/adapter/adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-8])
+    bot.collect(lesson("flavours", FLAVOURS))
+    cycle = bot.run()
+    assert cycle.state is State.FAILED
+    assert "adapter_model.safetensors" in (cycle.reason or "")
+    with pytest.raises(IntegrityError):
+        raise IntegrityError(cycle.reason)
+
+
+def test_after_a_rollback_the_next_cycle_continues_from_the_older_version_and_its_memory(bot: Bot) -> None:
+    two_promoted(bot)
+    promote.rollback(bot.store, bot.registry, "ana", "version 2 was rude")
+    assert bot.registry.alias("champion") == 1
+    cycle = bot.run()  # the rows of the abandoned version are pending again
+    assert cycle.state is State.PROMOTED
+    assert cycle.parent == 1
+    assert {bot.store.rows_by_hash([h])[0].task for h in bot.store.cycle_rows(cycle.id, "train")} == {"flavours"}
+    replayed = bot.store.rows_by_hash(bot.store.cycle_rows(cycle.id, "replay"))
+    assert {row.task for row in replayed} == {"colours"}
+    assert bot.store.lineage(cycle.version) == [1, cycle.id]
+
+
+def test_repeated_rollbacks_walk_back_to_the_bare_base(bot: Bot) -> None:
+    two_promoted(bot)
+    promote.rollback(bot.store, bot.registry, "ana", "first")
+    promote.rollback(bot.store, bot.registry, "ana", "second")
+    champion = bot.store.champion()
+    assert champion is not None
+    assert champion.version is None
+    assert bot.registry.alias("champion") is None
+    assert bot.run().parent is None
+
+
+def test_a_manual_promotion_is_on_record_with_who_and_why(bot: Bot) -> None:
+    two_promoted(bot)
+    line = promote.manual(bot.store, bot.registry, 1, "ana", "customers prefer it")
+    assert (line.kind, line.who, line.why, line.previous) == ("manual", "ana", "customers prefer it", 2)
+    assert bot.registry.alias("champion") == 1
+
+
+def test_a_champion_changed_by_hand_in_mid_cycle_is_not_overwritten(bot: Bot) -> None:
+    two_promoted(bot)
+    bot.collect([(f"x{i}", "numbers", f"what is number {i}", str(i % 3), "train" if i < 16 else "suite") for i in range(26)])
+    bot.executor.after = (
+        lambda stage: promote.rollback(bot.store, bot.registry, "ana", "mid-cycle") and None if stage == "train" else None
+    )
+    cycle = bot.run()
+    assert cycle.state is State.REJECTED
+    assert "meanwhile" in (cycle.reason or "")
+    assert bot.registry.alias("champion") == 1
+
+
+def test_an_alias_lost_in_the_registry_is_repaired_from_the_store(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    bot.registry.delete_alias("champion")
+    promote.repair_alias(bot.store, bot.registry)
+    assert bot.registry.alias("champion") == 1
+
+
+def test_the_rows_of_any_version_can_be_listed(bot: Bot) -> None:
+    two_promoted(bot)
+    learned = [h for cycle in bot.store.lineage(2) for h in bot.store.cycle_rows(cycle, "train")]
+    assert len(learned) == len(set(learned)) == 32
+
+
+def test_a_suite_that_grew_enough_becomes_a_new_version_with_the_old_rows_in_it(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    more = [(f"c{i}", "colours", f"another {i}", "red", "suite" if i < 6 else "train") for i in range(20)]
+    bot.collect(more)
+    bot.run()
+    versions = [s for s in bot.store.suites() if s.task == "colours"]
+    assert [(s.version, s.size) for s in versions] == [(1, 8), (2, 14)]
+    old, new = (bot.store.suite_rows("colours", v) for v in (1, 2))
+    assert {row.hash for row in old} < {row.hash for row in new}
+    assert {s.version for s in bot.store.scores(2)} == {2}
+
+
+def test_a_cycle_is_explained_in_words(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    told = report.cycle_report(bot.store, 1)
+    json.dumps(told)
+    text = "\n".join(report.explain(told))
+    assert "Cycle 1 is promoted" in text
+    assert "colours@v1 went from" in text
+

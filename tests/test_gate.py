@@ -1,0 +1,119 @@
+"""The gate: every way in which a candidate must, and must not, be let through."""
+
+import pytest
+
+from daemon.gate import Finding, SuiteScores, Thresholds, judge, paired_bootstrap
+
+LIMITS = Thresholds(max_drop=0.03, min_gain=0.02)
+
+
+def suite(task: str, champion: list[float], candidate: list[float], *, new: bool = False, base: float = 0.0) -> SuiteScores:
+    return SuiteScores(
+        task=task, suite=f"{task}@v1", new=new, base=[base] * len(candidate), champion=champion, candidate=candidate
+    )
+
+
+LEARNED = suite("shipping", [0.0] * 40, [1.0] * 30 + [0.0] * 10, new=True)
+
+
+def finding(verdict, task: str) -> Finding:  # type: ignore[no-untyped-def]
+    return next(s.finding for s in verdict.suites if s.task == task)
+
+
+def test_a_candidate_that_learned_and_kept_everything_passes() -> None:
+    verdict = judge([suite("billing", [1.0] * 40, [1.0] * 40), LEARNED], LIMITS)
+    assert verdict.passed
+    assert verdict.gain == pytest.approx(0.75)
+    assert finding(verdict, "billing") is Finding.KEPT
+    assert finding(verdict, "shipping") is Finding.GAINED
+
+
+def test_forgetting_beyond_the_limit_rejects_and_names_the_suite() -> None:
+    verdict = judge([suite("billing", [1.0] * 40, [1.0] * 20 + [0.0] * 20), LEARNED], LIMITS)
+    assert not verdict.passed
+    assert finding(verdict, "billing") is Finding.FORGOT
+    assert "billing@v1" in verdict.summary
+    assert "-50.0" in verdict.summary
+
+
+def test_a_drop_of_exactly_the_limit_passes() -> None:
+    verdict = judge([suite("billing", [1.0] * 100, [1.0] * 97 + [0.0] * 3), LEARNED], LIMITS)
+    assert verdict.passed
+
+
+def test_a_drop_that_noise_could_explain_is_inconclusive_and_not_passed_silently() -> None:
+    old = suite("billing", [1.0] * 9 + [0.0], [1.0] * 8 + [0.0, 1.0])
+    worse = suite("billing", [1.0] * 10, [1.0] * 9 + [0.0])
+    assert judge([old, LEARNED], LIMITS).passed  # one lost, one won: no drop at all
+    verdict = judge([worse, LEARNED], LIMITS)
+    assert finding(verdict, "billing") is Finding.INCONCLUSIVE
+    assert not verdict.passed
+    accepting = Thresholds(max_drop=0.03, min_gain=0.02, accept_inconclusive=True)
+    assert judge([worse, LEARNED], accepting).passed
+
+
+@pytest.mark.parametrize("unset", ["max_drop", "min_gain"])
+def test_without_thresholds_nothing_is_promoted(unset: str) -> None:
+    limits = Thresholds(**{"max_drop": 0.03, "min_gain": 0.02, unset: None})  # type: ignore[arg-type]
+    verdict = judge([LEARNED], limits)
+    assert not verdict.passed
+    assert f"gate.{unset} is not set" in verdict.summary
+
+
+def test_a_suite_where_everybody_scores_zero_has_no_say_and_is_named() -> None:
+    verdict = judge([suite("poems", [0.0] * 20, [0.0] * 20), LEARNED], LIMITS)
+    assert verdict.passed
+    assert finding(verdict, "poems") is Finding.NO_SIGNAL
+    assert any("poems@v1 gives no signal" in reason for reason in verdict.reasons)
+
+
+def test_a_suite_with_too_few_rows_has_no_say_and_is_named() -> None:
+    verdict = judge([suite("tiny", [1.0] * 3, [0.0] * 3), LEARNED], LIMITS)
+    assert verdict.passed
+    assert finding(verdict, "tiny") is Finding.TOO_FEW_ROWS
+    assert any("tiny@v1 has 3 rows" in reason for reason in verdict.reasons)
+
+
+def test_without_evidence_on_the_new_task_nothing_is_promoted() -> None:
+    nothing = suite("shipping", [], [], new=True)
+    verdict = judge([suite("billing", [1.0] * 40, [1.0] * 40), nothing], LIMITS)
+    assert not verdict.passed
+    assert "no evidence" in verdict.summary
+
+
+def test_too_small_a_gain_rejects() -> None:
+    verdict = judge([suite("shipping", [0.5] * 40, [0.51] * 40, new=True)], LIMITS)
+    assert not verdict.passed
+    assert "gate.min_gain" in verdict.summary
+
+
+def test_a_champion_without_room_to_gain_is_not_asked_for_more_than_the_room() -> None:
+    nearly = suite("shipping", [1.0] * 99 + [0.0], [1.0] * 100, new=True)
+    assert judge([nearly], LIMITS).passed
+    perfect = suite("shipping", [1.0] * 40, [1.0] * 40, new=True)
+    assert judge([perfect], LIMITS).passed
+
+
+def test_the_same_input_gives_the_same_verdict() -> None:
+    suites = [suite("billing", [1.0, 0.0] * 20, [0.0, 1.0, 1.0, 0.0] * 10), LEARNED]
+    assert judge(suites, LIMITS) == judge(suites, LIMITS)
+
+
+def test_the_verdict_survives_json() -> None:
+    import json
+
+    verdict = judge([LEARNED], LIMITS)
+    values = json.loads(verdict.to_json())
+    assert values["passed"] is True
+    assert values["suites"][0]["finding"] == "gained"
+
+
+def test_the_paired_interval_is_that_of_the_mean_difference() -> None:
+    # Mean 0.5, standard error 0.05: the normal approximation gives 0.402 to 0.598.
+    low, high = paired_bootstrap([0.0, 1.0] * 50, confidence=0.95, resamples=4000, seed=1)
+    assert low == pytest.approx(0.402, abs=0.02)
+    assert high == pytest.approx(0.598, abs=0.02)
+
+
+def test_identical_models_have_an_interval_of_zero_width() -> None:
+    assert paired_bootstrap([0.0] * 30, confidence=0.95, resamples=200, seed=0) == (0.0, 0.0)
