@@ -85,10 +85,12 @@ class ControlServer:
             with _address(self.path) as address:
                 listening.bind(address)
         except OSError as error:
-            raise ControlError(f"the control socket {self.path} cannot be made: {error}; check bot.state_dir") from None
+            raise ControlError(
+                f"the control socket {self.path} cannot be made: {error}; check bot.state_dir"
+            ) from None
         finally:
             os.umask(before)
-        listening.listen(16)
+        listening.listen(128)
         return listening
 
     def _accept(self) -> None:
@@ -108,7 +110,9 @@ class ControlServer:
             client.settimeout(REPLY_SECONDS)
             if not self._clients.acquire(blocking=False):
                 with suppress(OSError):
-                    _send(client, _error(ControlError(f"{MAX_CLIENTS} clients are connected; try again later")))
+                    _send(
+                        client, _error(ControlError(f"{MAX_CLIENTS} clients are connected; try again later"))
+                    )
                 return
             try:
                 _send(client, self._answer(client))
@@ -163,10 +167,12 @@ class Client:
                         yield json.loads(answer)
             except TimeoutError:
                 raise ControlError(
-                    f"the daemon said nothing for {self.timeout:.0f} s; see its log (`journalctl -u holdfast`)"
+                    f"the daemon said nothing for {self.timeout:.0f} s; see `journalctl -u holdfast`"
                 ) from None
             except (OSError, json.JSONDecodeError) as error:
-                raise ControlError(f"the conversation with the daemon broke off ({error}); see `daemon status`") from None
+                raise ControlError(
+                    f"the conversation with the daemon broke off ({error}); see `daemon status`"
+                ) from None
 
     def _connect(self) -> socket.socket:
         line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -180,7 +186,7 @@ class Client:
         except PermissionError:
             line.close()
             raise ControlError(
-                f"you may not talk to the daemon at {self.path}; it answers its own account and root: try with sudo"
+                f"the daemon at {self.path} answers only its own account and root; try with sudo"
             ) from None
         except OSError as error:
             line.close()

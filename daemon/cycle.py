@@ -105,7 +105,7 @@ class CycleRunner:
 
     def _pull(self, cycle: Cycle, stop: Stop) -> Cycle:
         base = self._base(cycle, stop)
-        pulled = pull_source(self.settings, self.store, base, self.clock)
+        pulled = pull_source(self.settings, self.store, base, self.clock, _waiting(stop))
         champion = self.store.champion()
         log.info("pulled: %s", pulled, extra=_action("pulled", cycle))
         return self.store.advance(
@@ -224,6 +224,16 @@ class CycleRunner:
             log.warning("could not log the failure to MLflow: %s", error, extra=_action("unlogged", cycle))
         return cycle
 
+
+
+def _waiting(stop: Stop) -> Callable[[float], None]:
+    """Sleeps, and gives up at once when a stop is requested."""
+
+    def wait(seconds: float) -> None:
+        stop.wait(seconds)
+        stop.check()
+
+    return wait
 
 
 def _action(action: str, cycle: Cycle) -> dict[str, object]:

@@ -33,6 +33,8 @@ from strategies.contract import (
 OnProgress = Callable[[Progress], None]
 POLL_SECONDS = 0.2  # how soon a stop request is noticed
 GRACE_SECONDS = 20.0  # for the worker to write its checkpoint
+# Threads that wait must not burn the core that a neighbour needs: on a busy box spinning costs a factor.
+WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class Stop:
@@ -155,7 +157,7 @@ class _Worker:
             [sys.executable, "-m", "daemon.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **environment},
+            env={**WORKER_ENVIRONMENT, **os.environ, **environment},
             cwd=Path(__file__).resolve().parent.parent,
             start_new_session=True,  # a Ctrl-C in the terminal is the daemon's to handle
             text=True,

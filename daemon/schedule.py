@@ -83,7 +83,9 @@ def parse(cron: str, timezone: str) -> BaseTrigger | None:
     try:
         trigger = _trigger(cron, ZoneInfo(timezone))
     except ValueError as error:
-        raise ConfigError(f'schedule.cron = "{cron}": {error}; for instance "30 2 * * *", or "" for none') from None
+        raise ConfigError(
+            f'schedule.cron = "{cron}": {error}; for instance "30 2 * * *", or "" for none'
+        ) from None
     if _next(trigger, datetime.now(UTC)) is None:
         raise ConfigError(f'schedule.cron = "{cron}": this never happens; check the day and the month')
     return trigger
@@ -98,7 +100,7 @@ def _next(trigger: BaseTrigger, after: datetime) -> datetime | None:
 def _trigger(cron: str, zone: ZoneInfo) -> BaseTrigger:
     if cron.strip().startswith("@"):
         instead = _SHORTCUTS.get(cron.strip().lower())
-        raise ValueError(f'shortcuts are not read{f", write {instead!r}" if instead else ""}')
+        raise ValueError(f"shortcuts are not read{f', write {instead!r}' if instead else ''}")
     parts = cron.lower().split()
     if len(parts) != len(_FIELDS):
         raise ValueError(f"{len(parts)} fields, cron has five: minute, hour, day, month, day of week")

@@ -6,12 +6,14 @@ Takes a question, a list of questions, or a table with the column `question` and
 and `task`; returns one answer each. The model holds an adapter; its base stays a folder on disk and
 is recognised by its fingerprint. Keys of the model config, all of which `load_model(uri,
 model_config={...})` may override: `base_path`, `fingerprint`, `system_prompt`, `max_tokens`, `dtype`,
-`device`, `max_new_tokens`, `tasks` (a list of Task records as dicts).
+`device`, `max_new_tokens`, `tasks` (a list of Task records as dicts). An empty `fingerprint` is not
+checked.
 
 Imports nothing of the model at module level: saving a version runs this file in the daemon, where
 torch must not be loaded.
 """
 
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,6 @@ class ServedModel(PythonModel):
         """Loads base and adapter; MLflow calls it once and insists on the parameter's name."""
         try:
             from strategies.answer import Answerer
-
-            from storage.errors import ModelError
             from strategies.contract import ModelSpec, Task
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
@@ -40,11 +40,7 @@ class ServedModel(PythonModel):
             ) from error
         config = context.model_config
         path = Path(config["base_path"])
-        if not path.is_dir():
-            raise ModelError(
-                f"the base model is not at {path}; load with model_config={{'base_path': '/its/folder'}}. "
-                f"Its fingerprint is {config['fingerprint']}"
-            )
+        _check_base(path, config.get("fingerprint", ""))
         spec = ModelSpec(path=str(path), **{name: config[name] for name in _SPEC if name in config})
         tasks = tuple(Task.from_dict(task) for task in config.get("tasks", ()))
         self._tasks = frozenset(task.name for task in tasks)
@@ -67,6 +63,30 @@ class ServedModel(PythonModel):
                 f"unknown task {task!r}; this model knows {sorted(self._tasks)}, or leave it empty"
             )
         return question, context, task or None
+
+
+def _check_base(path: Path, fingerprint: str) -> None:
+    """An adapter on another base would answer nonsense without any error."""
+    from storage.errors import ModelError
+
+    advice = "load with model_config={'base_path': '/folder/of/the/base'}"
+    if not path.is_dir():
+        raise ModelError(f"the base model is not at {path}; {advice}. Its fingerprint is {fingerprint}")
+    if fingerprint and (found := _fingerprint(path)) != fingerprint:
+        raise ModelError(
+            f"the model at {path} is {found}, but this adapter belongs to the base {fingerprint}; {advice}"
+        )
+
+
+def _fingerprint(path: Path) -> str:
+    """As `strategies.base` takes it of a base: over the weights, and the tokenizer saved anew."""
+    from transformers import AutoTokenizer
+
+    from strategies import base
+
+    with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
+        AutoTokenizer.from_pretrained(path, trust_remote_code=False).save_pretrained(folder)
+        return base._fingerprint(path, Path(folder) / "tokenizer.json")
 
 
 def _rows(given: Any) -> list[dict[str, Any]]:

@@ -178,6 +178,12 @@ def _explain(path: Path, error: Exception) -> StoreError:
         return StoreError(
             f"the store {path} was written by another DuckDB: {text}; `pip install --upgrade duckdb` reads it"
         )
+    if "WAL" in text:
+        return StoreError(
+            f"the journal of the store is damaged: {text}; stop the daemon and put your newest backup of "
+            f"{path} and {path.name}.wal in their place. Without a backup, move {path.name}.wal aside: the "
+            "store then opens without its last changes. `daemon doctor` shows what is there"
+        )
     return StoreError(
         f"the store {path} is damaged: {text}; stop the daemon, move {path.name} and {path.name}.wal "
         "aside, put your newest backup in their place, and run `daemon doctor`"

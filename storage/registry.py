@@ -13,9 +13,9 @@ import logging
 import math
 import os
 import shutil
-import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -45,12 +45,19 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_UV_AUTO_DETECT": "false",  # would copy the working directory's uv.lock into the model
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
-_CHATTY = ("mlflow", "alembic", "matplotlib", "urllib3.connectionpool")
+_QUIET = {
+    "mlflow": logging.WARNING,
+    "alembic": logging.WARNING,
+    "matplotlib": logging.WARNING,
+    "mlflow.store.db.utils": logging.CRITICAL,  # logs a traceback of what it raises anyway
+    "urllib3.connectionpool": logging.ERROR,  # each retry
+}
 # What a served model imports; versions are those of this machine.
 _REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "safetensors", "tokenizers", "holdfast")
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100  # MLflow's own limits of one batch
@@ -94,10 +101,6 @@ class Registry:
 
     def publish(self, record: CycleRecord) -> int:
         """The version of the cycle: its run and its model, written once however often this is called."""
-        if not record.adapter_dir.is_dir():
-            raise RegistryError(
-                f"there is no adapter at {record.adapter_dir}; cancel the cycle and run it again"
-            )
         with self._mlflow() as (client, experiment):
             done = self._find_version(client, record.cycle_id)
             if done is None:
@@ -148,9 +151,9 @@ class Registry:
             new = [point for point in points if not _has_step(client, run_id, point[0], step)]
             _log_metrics(client, run_id, new, int(time.time() * 1000))
             if matrix is not None:
-                with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
-                    runs.write_matrix(Path(folder), matrix)
-                    client.log_artifacts(run_id, folder)
+                with self._staging() as folder:
+                    runs.write_matrix(folder, matrix)
+                    client.log_artifacts(run_id, str(folder))
 
     def set_alias(self, alias: str, version: int) -> None:
         """Moves the alias; readers see the old version or the new one."""
@@ -212,7 +215,8 @@ class Registry:
         )
 
     def _redact(self, problem: object) -> str:
-        return redact(str(problem), self._uri).strip()
+        said, _, _ = str(problem).partition("\n[SQL:")  # the statement helps nobody who runs a daemon
+        return redact(said, self._uri).strip()
 
     def _connect(self) -> tuple[Any, str]:
         from mlflow import MlflowClient
@@ -250,8 +254,8 @@ class Registry:
         """
         for run in self._runs(client, experiment, CYCLE_TAG, str(cycle_id)):
             place = urlsplit(run.info.artifact_uri)
-            folder = Path(unquote(place.path))
-            if place.scheme in ("", "file") and folder.is_relative_to(self._artifact_root):
+            folder = Path(unquote(place.path)).parent  # the run's own; the URI ends in /artifacts
+            if place.scheme in ("", "file") and folder.parent == self._artifact_root / self._bot:
                 shutil.rmtree(folder, ignore_errors=True)
             client.delete_run(run.info.run_id)
             logger.info(
@@ -259,6 +263,8 @@ class Registry:
             )
 
     def _write(self, client: Any, experiment: str, record: CycleRecord) -> Any:
+        if not record.adapter_dir.is_dir():
+            raise RegistryError(f"there is no adapter at {record.adapter_dir}; run a new cycle")
         tags = {**record.tags, "mlflow.note.content": record.description}
         if record.predictions:
             tags["mlflow.loggedArtifacts"] = json.dumps([{"path": runs.PREDICTIONS, "type": "table"}])
@@ -266,10 +272,10 @@ class Registry:
         run_id = run.info.run_id
         _log_params(client, run_id, record.params)
         _log_metrics(client, run_id, runs.points(record), runs.milliseconds(record.finished_at))
-        with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
-            runs.write_files(Path(folder), record)
-            self._save_model(Path(folder) / MODEL_DIR, run_id, record)
-            client.log_artifacts(run_id, folder)
+        with self._staging() as folder:
+            runs.write_files(folder, record)
+            self._save_model(folder / MODEL_DIR, run_id, record)
+            client.log_artifacts(run_id, str(folder))
         self._ensure_model(client)
         version_tags = {**record.version_tags, CYCLE_TAG: str(record.cycle_id)}
         return client.create_model_version(
@@ -279,6 +285,17 @@ class Registry:
             tags=runs.tags(version_tags),
             description=record.description or None,
         )
+
+    @contextmanager
+    def _staging(self) -> Iterator[Path]:
+        """A folder for files on their way to MLflow. One name, so that what a kill left goes next time."""
+        folder = self._artifact_root / ".staging"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _create_run(
         self,
@@ -350,13 +367,15 @@ def requirements() -> list[str]:
 
 
 def _prepare() -> None:
-    """Before MLflow's first import, and harmless after it. Loggers keep working, from WARNING up."""
+    """Before MLflow's first import, and harmless after it. Nothing but MLflow's chatter is silenced."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in _CHATTY:
+    for name, level in _QUIET.items():
         chatty = logging.getLogger(name)
-        if chatty.level < logging.WARNING:
-            chatty.setLevel(logging.WARNING)
+        chatty.setLevel(max(chatty.level, level))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow warns about its own type hints while it is imported
+        import mlflow.pyfunc  # noqa: F401
 
 
 def _has_step(client: Any, run_id: str, name: str, step: int) -> bool:

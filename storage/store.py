@@ -298,8 +298,8 @@ class Store:
         if verdict is None or not verdict[0]:
             found = "has no verdict" if verdict is None else "did not pass the gate"
             raise StoreError(
-                f"not promoted: cycle {cycle_id} {found}; only a recorded passing verdict promotes by itself. "
-                "See `daemon history`"
+                f"not promoted: cycle {cycle_id} {found}, and only a recorded passing verdict promotes by "
+                "itself; see `daemon history`"
             )
 
     # -- models and promotions -------------------------------------------------------------------
@@ -360,7 +360,8 @@ class Store:
                 self._require_passed(cycle_id)
                 if model is None or model.cycle_id != cycle_id:
                     raise StoreError(
-                        f"not promoted: version {version} was not made by cycle {cycle_id}; see `daemon history`"
+                        f"not promoted: version {version} was not made by cycle {cycle_id}; "
+                        "see `daemon history`"
                     )
             promotion = self._db.one(
                 Promotion, "insert_promotion", version=version, previous=last.version if last else None,

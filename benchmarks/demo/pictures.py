@@ -1,0 +1,127 @@
+"""What the demo shows, as rich renderables: pure functions of outcomes. Decides and measures nothing."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.stream import Answer, Bot, Outcome
+from daemon.report import Matrix
+from storage.rows import Row
+
+EXPLAINED = {
+    "average_accuracy": "over all departments at the end; higher is better",
+    "backward_transfer": "what later days did to earlier departments; below zero is forgetting",
+    "forgetting": "from the best a department ever was, down to the end; lower is better",
+    "learning_accuracy": "each department right after its own day; higher is better",
+}
+
+
+def introduction(folder: Path, days: Sequence[Sequence[Row]]) -> RenderableType:
+    departments = ", ".join(rows[0].task for rows in days)
+    return Text(
+        "\nQuillmoor builds folding kayaks and does not exist. Its bot learns the FAQ of one department\n"
+        f"a day: {departments}. Of each question, three phrasings are never learned, only asked.\n"
+        f"Everything that happens lies in {near(folder)}/; the daemon's log is {near(folder)}/daemon.log.\n"
+    )
+
+
+def comparison(ours: Outcome, naive: Outcome) -> RenderableType:
+    """Both accuracy matrices side by side, and what follows from them."""
+    grid = Table.grid(padding=(0, 6))
+    grid.add_row(matrix("Holdfast", ours.matrix), matrix("naive", naive.matrix))
+    return Group("", grid, "", _metrics(ours.metrics, naive.metrics), "")
+
+
+def matrix(title: str, table: Matrix) -> Table:
+    """Held-out questions answered exactly right, in percent; a department's own day is underlined."""
+    shown = Table(title=f"{title}: % of held-out questions right", title_justify="left")
+    shown.add_column("")
+    for task in table.tasks:
+        shown.add_column(task, justify="right")
+    for number, (name, values) in enumerate(zip(table.rows, table.values, strict=True)):
+        cells = [
+            _cell(value, learned_now=learned == number)
+            for value, learned in zip(values, table.learned_at, strict=True)
+        ]
+        shown.add_row(name, *cells)
+    return shown
+
+
+def _cell(value: float | None, *, learned_now: bool) -> Text:
+    if value is None:
+        return Text("·", style="dim")
+    colour = "green" if value >= 2 / 3 else "yellow" if value >= 1 / 3 else "red"
+    return Text(f"{value * 100:.0f}", style=f"{colour} underline" if learned_now else colour)
+
+
+def _metrics(ours: Mapping[str, float], naive: Mapping[str, float]) -> Table:
+    shown = Table(show_edge=False, pad_edge=False)
+    for name in ("", "Holdfast", "naive"):
+        shown.add_column(name, justify="right" if name else "left")
+    shown.add_column("", style="dim")
+    for key, meaning in EXPLAINED.items():
+        shown.add_row(key.replace("_", " "), _points(ours.get(key)), _points(naive.get(key)), meaning)
+    return shown
+
+
+def _points(share: float | None) -> str:
+    return "·" if share is None else f"{share * 100:.1f}"
+
+
+def answers(ours: Mapping[str, Answer], naive: Mapping[str, Answer], which: str) -> RenderableType:
+    """The same held-out question of each department, as both champions answered it in their last exam."""
+    shown = Table(title="Held out, asked after the last day", title_justify="left")
+    for name in ("question", "Holdfast", "naive"):
+        shown.add_column(name)
+    for key in sorted(key for key in ours.keys() & naive.keys() if key.endswith(which)):
+        shown.add_row(ours[key].question, _judged(ours[key]), _judged(naive[key]))
+    return shown
+
+
+def _judged(answer: Answer) -> Text:
+    return Text(answer.given, style="green" if answer.right else "red")
+
+
+def verdicts(outcome: Outcome) -> RenderableType:
+    lines = ["", "[bold]The gate's verdicts[/]"]
+    for told in outcome.cycles:
+        cycle = told["cycle"]
+        colour = "green" if cycle["state"] == "promoted" else "red"
+        lines.append(f"  cycle {cycle['id']} [{colour}]{cycle['state']}[/]: {cycle['reason']}")
+    return Text.from_markup("\n".join(lines))
+
+
+def next_steps(bot: Bot, *, running: bool, minutes: float) -> RenderableType:
+    steps = {
+        "run &": "start it again; it continues where it stopped",
+        'ask "Who leads billing?"': "the champion answers",
+        "ui": "MLflow: runs, forgetting over time, the matrix as a heat map, versions",
+        "show 3": "the last cycle in full",
+        "quarantine": "rows that were not accepted, and why",
+        "retrain-now --wait": f"another cycle, with whatever is new in {near(bot.source)}",
+    }
+    if running:
+        steps.pop("run &")
+    table = Table.grid(padding=(0, 3))
+    for words, meaning in steps.items():
+        table.add_row(Text(f"{typed(bot)} {words}", style="bold"), Text(meaning, style="dim"))
+    state = "The daemon keeps running." if running else "The daemon was stopped."
+    return Group(
+        "", f"That took {minutes:.1f} minutes. {state} What to type next:", "", Padding(table, (0, 2)), ""
+    )
+
+
+def typed(bot: Bot) -> str:
+    """How a person here would type it."""
+    return f"{near(Path(sys.executable).with_name('daemon'))} -c {near(bot.config)}"
+
+
+def near(path: Path) -> str:
+    """Relative to where the person is, when that is shorter."""
+    return min(str(path), os.path.relpath(path), key=len)

@@ -1,0 +1,119 @@
+"""How a command reaches the bot: through the daemon, or, when none runs, through the store itself.
+
+The daemon has its store for itself, so exactly one of the two ways works at any time. Imports the
+store only when it is needed: it costs more than asking the daemon.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from daemon import config, statedir
+from daemon.config import Settings
+from daemon.control import Client, account
+from storage.errors import ConfigError, ControlError, DaemonNotRunning
+
+if TYPE_CHECKING:
+    from storage.store import Store
+
+HERE = Path("config.toml")
+SYSTEM = Path("/etc/holdfast/config.toml")
+SILENCE_SECONDS = 600.0  # an ingest or a slow MLflow may say nothing for this long
+
+
+def config_path(given: Path | None, *, must_exist: bool = True) -> Path:
+    """The config that counts: the one given, the environment's, this directory's, the system's."""
+    told = os.environ.get("HOLDFAST_CONFIG")
+    said = given or (Path(told) if told else None)
+    if said is not None:
+        return said.absolute()
+    for path in (HERE, SYSTEM):
+        if path.exists():
+            return path.absolute()
+    if must_exist:
+        raise ConfigError(
+            f"no config file: neither ./{HERE} nor {SYSTEM} exists; make one with `daemon init DIR`, or "
+            "name yours with --config"
+        )
+    return HERE.absolute()
+
+
+def make_bot(directory: Path, state_dir: Path | None) -> tuple[Path, Settings]:
+    """A commented config.toml in `directory` and the state directory it names. Overwrites nothing."""
+    path = directory / "config.toml"
+    if path.exists():
+        raise ConfigError(f"{path} exists already; edit it, or choose another directory")
+    text = config.render()
+    if state_dir is not None:
+        text = text.replace('state_dir = "state"', f"state_dir = {json.dumps(str(state_dir.absolute()))}", 1)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    settings = config.load(path)
+    statedir.prepare(settings.state_dir)
+    return path, settings
+
+
+def perform(
+    settings: Settings,
+    command: str,
+    direct: Callable[[], dict[str, Any]],
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    **args: Any,
+) -> dict[str, Any]:
+    """Asks the daemon, or does the same on the store itself (`direct`) when no daemon runs."""
+    try:
+        return ask(settings, command, on_event, **args)
+    except DaemonNotRunning:
+        return direct()
+
+
+def ask(
+    settings: Settings,
+    command: str,
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    **args: Any,
+) -> dict[str, Any]:
+    """Asks the daemon. Raises `DaemonNotRunning`, or says that one is there but has no ear (yet)."""
+    try:
+        return Client(settings.socket_path, timeout=SILENCE_SECONDS).call(command, on_event, **args)
+    except DaemonNotRunning:
+        holder = statedir.holder(settings.state_dir)
+        if holder is None or holder.purpose != statedir.DAEMON:
+            raise
+        raise ControlError(
+            f"the daemon (process {holder.pid}) is starting, stopping or hanging; try again in a "
+            "moment, else see `journalctl -u holdfast`"
+        ) from None
+
+
+@contextmanager
+def reading(settings: Settings) -> Iterator["Store"]:
+    """The store, only to look into."""
+    from storage.store import Store
+
+    statedir.become_owner(settings.state_dir)
+    with Store.open(settings.store_path, read_only=True) as store:
+        yield store
+
+
+@contextmanager
+def writing(settings: Settings, purpose: str) -> Iterator["Store"]:
+    """The store for ourselves, as the daemon would have it; `purpose` is what others are told."""
+    from storage.store import Store
+
+    os.umask(0o077)
+    statedir.become_owner(settings.state_dir)
+    statedir.prepare(settings.state_dir)
+    with statedir.held(settings.state_dir, purpose), Store.open(settings.store_path) as store:
+        yield store
+
+
+def me() -> str:
+    """The account that types, for the record; ask before `writing` turns root into someone else."""
+    return account(os.geteuid(), os.environ.get("SUDO_USER", ""))

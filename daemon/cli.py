@@ -1,0 +1,491 @@
+"""The command `daemon`: thin, over the control socket, or over the store itself when no daemon runs.
+
+Imports are inside the functions: `daemon --help` and `daemon status` start without torch, MLflow and
+DuckDB. A user's mistake ends in one line on standard error and exit code 1, never in a traceback.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from storage.errors import HoldfastError
+
+if TYPE_CHECKING:
+    from daemon.config import Settings
+
+# How `retrain-now --wait` tells a script what became of the cycle.
+EXIT_CODES = {"promoted": 0, "nothing-to-do": 0, "rejected": 3, "failed": 4, "cancelled": 5}
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="daemon",
+    help="Holdfast trains a question-answering bot on each day's new rows, without forgetting the old ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="Path of config.toml. Default: $HOLDFAST_CONFIG, ./config.toml or /etc/holdfast/config.toml.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+WhyOption = Annotated[str, typer.Option("--why", help="The reason, for whoever reads the history.")]
+
+_chosen: Path | None = None  # the --config before the command
+
+
+@app.callback()
+def _options(config: ConfigOption = None) -> None:
+    global _chosen
+    _chosen = config
+
+
+# Setting up and running.
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(help="Where config.toml goes; made if need be.")],
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the state goes, for instance /var/lib/holdfast. Default: DIRECTORY/state."),
+    ] = None,
+) -> None:
+    """Write a commented config.toml and make the state directory."""
+    from daemon import access
+
+    path, settings = access.make_bot(directory, state_dir)
+    print(f"wrote {path}; state goes to {settings.state_dir}")
+    print(f"next: name your collector's DuckDB under [source], then `daemon -c {path} doctor`")
+
+
+@app.command()
+def run(config: ConfigOption = None) -> None:
+    """Run the daemon in the foreground, as systemd does."""
+    import logging
+
+    from daemon import service
+
+    try:
+        code = service.run(_config_path(config))
+    except HoldfastError:
+        raise
+    except Exception:  # systemd restarts after this one, and not after a user's mistake
+        logging.getLogger(__name__).critical(
+            "the daemon broke down", exc_info=True, extra={"action": "broken"}
+        )
+        code = service.BROKEN
+    raise typer.Exit(code)
+
+
+@app.command("install-service")
+def install_service(
+    config: ConfigOption = None,
+    show: Annotated[bool, typer.Option("--print", help="Only show the unit; change nothing.")] = False,
+    user: Annotated[str | None, typer.Option(help="Account of the service; made if need be.")] = None,
+) -> None:
+    """Install the systemd service with this machine's paths. Needs root."""
+    from daemon import config as loader
+    from daemon import unit
+
+    path = _config_path(config)
+    settings = loader.load(path)
+    account = unit.account_for(settings, user)
+    text = unit.render(settings, path, account)
+    if show:
+        print(text, end="")
+        return
+    for done in unit.install(text, settings, account):
+        print(done)
+    print("next: `systemctl enable --now holdfast`, then `daemon status`")
+
+
+@app.command()
+def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Check everything that a cycle needs, and say what to type where something is missing."""
+    from dataclasses import asdict
+
+    from daemon import console
+    from daemon.doctor import Outcome, examine
+
+    found = []
+    for check in examine(_config_path(config, must_exist=False)):
+        found.append(check)
+        if not as_json:
+            console.check(check)
+    if as_json:
+        _print_json([asdict(check) for check in found])
+    raise typer.Exit(int(any(check.outcome is Outcome.FAIL for check in found)))
+
+
+# Looking.
+
+
+@app.command()
+def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """What the bot knows, what the daemon does now, and when it trains next."""
+    from daemon import access, console
+
+    settings = _settings(config)
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+
+        if not settings.store_path.exists():
+            return {**operations.status(settings, None), "daemon": None}
+        with access.reading(settings) as store:
+            return {**operations.status(settings, store), "daemon": None}
+
+    _show(access.perform(settings, "status", direct), as_json, console.status)
+
+
+@app.command()
+def history(
+    config: ConfigOption = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Cycles to list.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """The newest cycles and how each ended, and every change of the champion."""
+    from daemon import access, console
+
+    settings = _settings(config)
+    _show(
+        access.perform(settings, "history", _reader(settings, "history", limit), limit=limit),
+        as_json,
+        console.history,
+    )
+
+
+@app.command()
+def show(
+    cycle: Annotated[int, typer.Argument(help="Number of the cycle, see `daemon history`.")],
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """One cycle: what it learned, the verdict in words, the accuracy matrix."""
+    from daemon import access, console
+
+    settings = _settings(config)
+    _show(
+        access.perform(settings, "show", _reader(settings, "show", cycle), cycle=cycle), as_json, console.show
+    )
+
+
+@app.command()
+def quarantine(
+    config: ConfigOption = None,
+    reason: Annotated[str | None, typer.Option(help="Only rows with this reason.")] = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Rows to list.")] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Rows that were not accepted, and why."""
+    from daemon import access, console
+
+    settings = _settings(config)
+    told = access.perform(
+        settings, "quarantine", _reader(settings, "quarantine", limit, reason), limit=limit, reason=reason
+    )
+    _show(told, as_json, console.quarantine)
+
+
+@app.command()
+def ask(
+    question: Annotated[
+        str | None, typer.Argument(help="Left out: one question a line from standard input.")
+    ] = None,
+    config: ConfigOption = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task it belongs to; closed tasks answer with a label.")
+    ] = None,
+    context: Annotated[str, typer.Option(help="Text that the question is about.")] = "",
+    version: Annotated[
+        int | None, typer.Option(min=1, help="A model version other than the champion.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the champion, or the base model while there is no champion."""
+    from daemon import access, asking, console
+
+    settings = _settings(config)
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+
+        if not settings.store_path.exists():
+            return {"version": None, "adapter": None, "snapshot": None, "tasks": []}
+        with access.reading(settings) as store:
+            return operations.serving(settings, store, version)
+
+    serving = access.perform(settings, "serving", direct, version=version)
+    answerer = asking.load(settings, serving, task)
+    console.err().print(answerer.name, style="dim")
+    for asked in [question] if question is not None else asking.questions():
+        answer = answerer.answer(asked, context)
+        if as_json:
+            _print_json({"question": asked, "answer": answer, "task": task, "version": serving["version"]})
+        else:
+            print(console.printable(answer), flush=True)
+
+
+# Changing.
+
+
+@app.command("retrain-now")
+def retrain_now(
+    config: ConfigOption = None,
+    wait: Annotated[
+        bool,
+        typer.Option(
+            "--wait",
+            help="Follow the cycle to its end. Exit code: 0 promoted or nothing to do, 3 rejected, 4 failed, "
+            "5 cancelled. Ctrl-C only stops following.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask for a cycle now; queued while another one runs."""
+    from daemon import access, console
+
+    settings = _settings(config)
+    started: dict[str, Any] = {}
+    with console.Follower() as follower:
+
+        def hear(event: dict[str, Any]) -> None:
+            started.setdefault("cycle", event["cycle"])
+            if wait and not as_json:
+                follower.event(event)
+
+        try:
+            told = access.ask(settings, "retrain", hear, wait=wait)
+        except KeyboardInterrupt:
+            told = None
+    if told is None:
+        number = started.get("cycle")
+        print(f"no longer following; cycle {number} goes on: `daemon show {number}`", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
+    _tell_retrained(told, wait, as_json)
+
+
+@app.command()
+def cancel(
+    cycle: Annotated[
+        int | None, typer.Argument(help="Default: the running cycle, else the queued one.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Stop the running cycle, or take one out of the queue. Its rows stay pending."""
+    from daemon import access
+
+    told = access.ask(_settings(config), "cancel", cycle=cycle)["cycle"]
+    ended = told["state"] == "cancelled"
+    print(
+        f"cycle {told['id']} "
+        + ("is cancelled" if ended else f"stops at its next step; see `daemon show {told['id']}`")
+    )
+
+
+@app.command()
+def pause(config: ConfigOption = None) -> None:
+    """Start no more cycles, also after a restart, until `daemon resume`."""
+    from daemon import access
+
+    settings = _settings(config)
+    told = access.perform(settings, "pause", _writer(settings, "pause"))
+    also = (
+        f"; cycle {told['running']} is not disturbed, `daemon cancel` stops it" if told.get("running") else ""
+    )
+    print(f"{'was paused already' if told['already'] else 'paused'}{also}")
+
+
+@app.command()
+def resume(config: ConfigOption = None) -> None:
+    """Let cycles start again."""
+    from daemon import access
+
+    settings = _settings(config)
+    told = access.perform(settings, "resume", _writer(settings, "resume"))
+    print("was not paused" if told["already"] else "resumed")
+
+
+@app.command()
+def promote(
+    version: Annotated[int, typer.Argument(help="Model version, see `daemon history`.")],
+    why: WhyOption,
+    config: ConfigOption = None,
+) -> None:
+    """Make a version the champion by hand, past the gate. Who, when and why stay on record."""
+    _move(_settings(config), "promote", version=version, why=why)
+
+
+@app.command()
+def rollback(why: WhyOption, config: ConfigOption = None) -> None:
+    """Back to the champion before this one; the rows learned since are pending again."""
+    _move(_settings(config), "rollback", why=why)
+
+
+@app.command()
+def ingest(
+    files: Annotated[
+        list[Path], typer.Argument(help="JSONL, CSV or Parquet files with the columns of [source].")
+    ],
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take in labeled rows from files. Rows that are known already change nothing."""
+    from daemon import access, console
+
+    settings = _settings(config)
+    paths = [path.absolute() for path in files]
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+        from daemon.commands import prepared
+
+        with access.writing(settings, "daemon ingest") as store:
+            return operations.ingest(
+                settings,
+                store,
+                paths,
+                lambda: prepared(settings, lambda p: follower.event({"progress": p.__dict__})),
+            )
+
+    with console.Follower() as follower:
+        told = access.perform(
+            settings, "ingest", direct, on_event=follower.event, paths=[str(path) for path in paths]
+        )
+    _show(told, as_json, console.intake)
+
+
+@app.command()
+def ui(
+    config: ConfigOption = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 5000,
+) -> None:
+    """Open MLflow's own pages on what the daemon logged."""
+    from daemon import statedir
+    from daemon.mlflow_ui import serve
+
+    settings = _settings(config)
+    if settings.state_dir.exists():
+        statedir.become_owner(settings.state_dir)
+    serve(settings, port)
+
+
+# What the commands share.
+
+
+def _config_path(given: Path | None, *, must_exist: bool = True) -> Path:
+    from daemon import access
+
+    return access.config_path(given or _chosen, must_exist=must_exist)
+
+
+def _settings(given: Path | None) -> "Settings":
+    from daemon import config
+
+    return config.load(_config_path(given))
+
+
+def _reader(settings: "Settings", operation: str, *args: Any) -> Callable[[], dict[str, Any]]:
+    """Does an operation of the form (store, ...) directly."""
+
+    def direct() -> dict[str, Any]:
+        from daemon import access, operations
+
+        with access.reading(settings) as store:
+            return dict(getattr(operations, operation)(store, *args))
+
+    return direct
+
+
+def _writer(settings: "Settings", operation: str) -> Callable[[], dict[str, Any]]:
+    """Does an operation of the form (store, who) directly."""
+
+    def direct() -> dict[str, Any]:
+        from daemon import access, operations
+
+        who = access.me()
+        with access.writing(settings, f"daemon {operation}") as store:
+            return dict(getattr(operations, operation)(store, who))
+
+    return direct
+
+
+def _move(settings: "Settings", operation: str, **args: Any) -> None:
+    """Moves the champion and says where it is now."""
+    from daemon import access
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+
+        who = access.me()
+        with access.writing(settings, f"daemon {operation}") as store:
+            registry = operations.open_registry(settings)
+            if operation == "promote":
+                return operations.promote(store, registry, args["version"], who, args["why"])
+            return operations.rollback(store, registry, who, args["why"])
+
+    told = access.perform(settings, operation, direct, **args)
+    version = told["champion"]["version"]
+    print(f"the champion is {f'version {version}' if version is not None else 'the bare base model'} now")
+    if told["warning"]:
+        print(f"warning: {told['warning']}", file=sys.stderr)
+
+
+def _tell_retrained(told: dict[str, Any], waited: bool, as_json: bool) -> None:
+    cycle = told["cycle"]
+    if as_json:
+        _print_json(told)
+    elif waited:
+        print(f"cycle {cycle['id']} {cycle['state']}: {cycle['reason'] or ''}".rstrip(": "))
+    else:
+        how = "joined the queued cycle" if told["joined"] else "asked for cycle"
+        print(f"{how} {cycle['id']}; follow it with `daemon status`")
+    raise typer.Exit(EXIT_CODES.get(cycle["state"], 0) if waited else 0)
+
+
+def _show(told: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], None]) -> None:
+    if as_json:
+        _print_json(told)
+    else:
+        human(told)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _complain(error: HoldfastError) -> None:
+    """`error: …`, red in a terminal."""
+    colour, plain = (
+        ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    )
+    print(f"{colour}error: {error}{plain}", file=sys.stderr)
+
+
+def main() -> None:
+    """The entry point of the command."""
+    try:
+        app(prog_name="daemon")
+    except HoldfastError as error:
+        _complain(error)
+        sys.exit(1)
+    except BrokenPipeError:  # `daemon history | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""What people see: tables, the accuracy matrix, live progress. Takes the operations' plain values.
+
+Prints and nothing else. Texts from rows and models are shown, never interpreted: no markup, no
+terminal control codes.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from daemon.doctor import Check, Outcome
+
+STATE_STYLES = {
+    "promoted": "green",
+    "rejected": "yellow",
+    "failed": "red",
+    "cancelled": "magenta",
+    "nothing-to-do": "dim",
+}
+_OUTCOMES = {
+    Outcome.OK: ("ok", "green"),
+    Outcome.WARN: ("warn", "yellow"),
+    Outcome.FAIL: ("FAIL", "bold red"),
+}
+
+
+def out() -> Console:
+    return Console(markup=False, highlight=False)
+
+
+def err() -> Console:
+    return Console(markup=False, highlight=False, stderr=True)
+
+
+def printable(text: object) -> str:
+    """Text without terminal control codes; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
+def line(text: object, width: int = 80) -> str:
+    """Text on one line, at most `width` long."""
+    flat = " ".join(printable(text).split())
+    return flat if len(flat) <= width else flat[: width - 1] + "…"
+
+
+def when(moment: str | None) -> str:
+    """`2026-03-01 02:30 UTC` for the operations' ISO text."""
+    if not moment:
+        return "never"
+    at = datetime.fromisoformat(moment)
+    return f"{at:%Y-%m-%d %H:%M} {at.tzname() or 'UTC'}".replace("UTC+00:00", "UTC")
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = max(0, round(seconds))
+    if whole < 90:
+        return f"{whole} s"
+    if whole < 5400:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def status(told: dict[str, Any]) -> None:
+    console = out()
+    console.print(Text(told["bot"], style="bold"), Text(f" in {told['state_dir']}", style="dim"), sep="")
+    grid = Table.grid(padding=(0, 2))
+    for name, value in _status_lines(told):
+        grid.add_row(Text(name, style="dim"), value)
+    console.print(grid)
+    if told["rows"]["tasks"]:
+        console.print(_tasks(told["rows"]["tasks"]))
+
+
+def _status_lines(told: dict[str, Any]) -> Iterable[tuple[str, Text]]:
+    daemon = told.get("daemon")
+    yield "daemon", _daemon_line(daemon)
+    if told["paused"]:
+        since = f"by {told['paused']['by']} since {when(told['paused']['at'])}; `daemon resume` ends it"
+        yield "paused", Text(since, style="yellow")
+    if daemon and daemon["config_problem"]:
+        yield "config", Text(f"not reloaded, the old one counts: {daemon['config_problem']}", style="red")
+    yield "champion", _champion_line(told["champion"])
+    yield from _cycle_lines(told)
+    yield "next", Text(_next_line(told))
+    yield "rows", Text(f"{told['rows']['total']:,}, of which {told['rows']['pending']:,} wait to be learned")
+    if told["quarantine"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(told["quarantine"].items()))
+        yield "quarantine", Text(f"{reasons}; see `daemon quarantine`", style="yellow")
+    source = told["source"]
+    if source:
+        yield "source", Text(f"{source['path']}, table {source['table']}, pulled {when(source['pulled_at'])}")
+    if told["metrics"]:
+        yield "scores", Text(metrics_line(told["metrics"]))
+    missing = [f"gate.{key}" for key, value in told["gate"].items() if value is None]
+    if missing:
+        yield "gate", Text(f"{' and '.join(missing)} not set: nothing will be promoted", style="yellow")
+
+
+def _daemon_line(daemon: dict[str, Any] | None) -> Text:
+    if daemon is None:
+        return Text("not running; `systemctl start holdfast` or `daemon run`", style="yellow")
+    return Text(f"running since {when(daemon['started_at'])}, process {daemon['pid']}", style="green")
+
+
+def _champion_line(champion: dict[str, Any] | None) -> Text:
+    if champion is None:
+        return Text("none yet: the base model answers")
+    name = f"version {champion['version']}" if champion["version"] is not None else "the base model"
+    return Text(
+        f"{name}, by {champion['kind']} ({champion['who']}) at {when(champion['at'])}: {champion['why']}"
+    )
+
+
+def _cycle_lines(told: dict[str, Any]) -> Iterable[tuple[str, Text]]:
+    activity = (told.get("daemon") or {}).get("activity") or {}
+    for cycle in told["unfinished"]:
+        if cycle["id"] == activity.get("cycle"):
+            yield "running", Text(f"cycle {cycle['id']}, {cycle['state']}: {activity_line(activity)}")
+        else:
+            yield (
+                "queued",
+                Text(f"cycle {cycle['id']}, {cycle['state']}, asked for by {cycle['requested_by']}"),
+            )
+    last = told["last"]
+    if last and not any(cycle["id"] == last["id"] for cycle in told["unfinished"]):
+        yield (
+            "last",
+            Text.assemble(f"cycle {last['id']} ", _state(last["state"]), f": {last['reason'] or ''}"),
+        )
+
+
+def _next_line(told: dict[str, Any]) -> str:
+    plan = told["schedule"]
+    if not plan["cron"]:
+        return "only by hand: `daemon retrain-now`"
+    planned = f'"{plan["cron"]}" {plan["timezone"]}'
+    daemon = told.get("daemon")
+    return f"{when(daemon['next_run'])} ({planned})" if daemon else f"{planned}, once the daemon runs"
+
+
+def _tasks(tasks: dict[str, Any]) -> Table:
+    table = _table("task", "train", "validation", "suite", "frozen")
+    for name, counts in tasks.items():
+        frozen = f"v{counts['suite_version']}" if counts["suite_version"] else "not yet"
+        table.add_row(line(name, 40), *(f"{counts[k]:,}" for k in ("train", "validation", "suite")), frozen)
+    return table
+
+
+def activity_line(activity: dict[str, Any]) -> str:
+    """What the cycle does at this moment."""
+    if activity.get("waiting"):
+        waiting = activity["waiting"]
+        return f"{waiting['reason']} (try {waiting['tries']}, next at {when(waiting['until'])})"
+    return progress_line(activity["progress"]) if activity.get("progress") else "working"
+
+
+def progress_line(step: dict[str, Any]) -> str:
+    """`train 12/40, loss 0.3121, 43 rows/s, 2 min 10 s left`."""
+    parts = [step["stage"] + (f" {step['step']}/{step['steps']}" if step["steps"] else "")]
+    if step["loss"] is not None:
+        parts.append(f"loss {step['loss']:.4f}")
+    if step["rows_per_second"]:
+        parts.append(f"{step['rows_per_second']:.1f} rows/s")
+    if step["left"] is not None:
+        parts.append(f"{duration(step['left'])} left")
+    if step["detail"]:
+        parts.append(line(step["detail"]))
+    return ", ".join(parts)
+
+
+def metrics_line(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value * 100:.1f}" for name, value in metrics.items())
+
+
+def history(told: dict[str, Any]) -> None:
+    if not told["cycles"]:
+        out().print("no cycles yet; `daemon retrain-now` asks for one")
+        return
+    table = _table(
+        "cycle", "state", "asked for by", "finished", "version", "outcome", right=("cycle", "version")
+    )
+    for cycle in told["cycles"]:
+        table.add_row(
+            str(cycle["id"]),
+            _state(cycle["state"]),
+            line(cycle["requested_by"], 24),
+            when(cycle["finished_at"]) if cycle["finished_at"] else "",
+            str(cycle["version"] or ""),
+            Text(line(cycle["reason"] or "", 200)),
+        )
+    out().print(table)
+    promotions = _table("champion", "before", "by", "when", "why", right=("champion", "before"))
+    for move in told["promotions"]:
+        by = move["kind"] if move["kind"] == "gate" else f"{move['kind']}, {move['who']}"
+        champion, before = (str(move[key] or "base") for key in ("version", "previous"))
+        promotions.add_row(champion, before, by, when(move["at"]), Text(line(move["why"], 200)))
+    if told["promotions"]:
+        out().print(promotions)
+
+
+def show(told: dict[str, Any]) -> None:
+    console = out()
+    for sentence in told["words"]:
+        console.print(printable(sentence))
+    if told["matrix"]:
+        console.print(matrix(told["matrix"]))
+
+
+def matrix(table: dict[str, Any]) -> Table:
+    """The accuracy matrix, redder where less is known."""
+    shown = _table("score on", *(line(task, 24) for task in table["tasks"]), right=table["tasks"])
+    for name, values in zip(table["rows"], table["values"], strict=True):
+        shown.add_row(f"after {name}" if name != "base" else "base", *map(_cell, values))
+    return shown
+
+
+def quarantine(told: dict[str, Any]) -> None:
+    if not told["counts"]:
+        out().print("the quarantine is empty")
+        return
+    table = _table("reason", "task", "id", "detail", "row", "source")
+    for row in told["rows"]:
+        cells = (row["reason"], row["task"] or "", row["id"] or "", row["detail"], row["raw"], row["source"])
+        table.add_row(*(Text(line(cell, 60)) for cell in cells))
+    out().print(table)
+    total = sum(told["counts"].values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(told["counts"].items()))
+    out().print(f"{len(told['rows'])} of {total} shown: {reasons}")
+
+
+def intake(told: dict[str, Any]) -> None:
+    print(
+        f"{told['read']:,} rows read: {told['accepted']:,} new, {told['known']:,} known, "
+        f"{told['rejected']:,} not accepted"
+    )
+    if told["quarantined"]:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(told["quarantined"].items()))
+        print(f"new in quarantine: {reasons}; see `daemon quarantine`")
+
+
+def check(found: Check) -> None:
+    """One line of `daemon doctor`, and what to type."""
+    word, style = _OUTCOMES[found.outcome]
+    console, indent = out(), " " * 16
+    told = printable(found.message).replace("\n", f"\n{indent}")
+    console.print(Text.assemble((f"{word:<6}", style), (f"{found.name:<10}", "bold"), told), soft_wrap=True)
+    if found.next:
+        console.print(Text(f"{indent}→ {found.next}", style="cyan"), soft_wrap=True)
+
+
+class Follower:
+    """Live progress on standard error: a moving line in a terminal, one line a change elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = err()
+        self._live: Progress | None = None
+        self._bar: Any = None
+        self._last = ""
+
+    def __enter__(self) -> "Follower":
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[told]}"),
+            )
+            self._live = Progress(*columns, console=self._console, transient=True)
+            self._bar = self._live.add_task("", total=None, told="")
+            self._live.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def event(self, told: dict[str, Any]) -> None:
+        """One event of the control socket."""
+        step = told.get("progress")
+        if self._live is not None:
+            share = {"total": step["steps"] or None, "completed": step["step"]} if step else {"total": None}
+            self._live.update(self._bar, description=_head(told), told=_news(told), **share)
+        elif (key := f"{told.get('state')} {step['stage'] if step else _news(told)}") != self._last:
+            self._last = key
+            self._console.print(f"{_head(told)}: {_news(told)}")
+
+
+def _head(told: dict[str, Any]) -> str:
+    return f"cycle {told['cycle']}, {told['state']}" if "state" in told else "preparing"
+
+
+def _news(told: dict[str, Any]) -> str:
+    if told.get("behind"):
+        return f"queued behind cycle {told['behind']}"
+    if "joined" in told:
+        return "joined the cycle that is queued already" if told["joined"] else "asked for"
+    return activity_line(told)
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=STATE_STYLES.get(state, "cyan"))
+
+
+def _cell(value: float | None) -> Text:
+    if value is None:
+        return Text("–", style="dim")
+    red, green = round(200 * (1 - value)), round(160 * value)
+    return Text(f"{value * 100:.1f}", style=f"white on rgb({red},{green},60)" if sys.stdout.isatty() else "")
+
+
+def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in columns:
+        numeric = name in right or name in ("train", "validation", "suite")
+        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+    return table

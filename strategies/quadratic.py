@@ -1,0 +1,86 @@
+"""Sums of quadratics around past parameters, kept as one quadratic: H, its centre m, and a constant c.
+
+Σᵢ Fᵢ(θ−θᵢ)² = H(θ−m)² + c, element by element, with H = ΣFᵢ. Exact, and as large after a hundred
+experiences as after one. Knows tensors by parameter name; no model, no training.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from storage.errors import IntegrityError
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quadratic:
+    """Every tensor in float32, so that what is saved is what was used. Where H is 0, m does not matter."""
+
+    curvature: Tensors  # H
+    centre: Tensors  # m
+    constant: float = 0.0  # c
+
+    def at(self, parameters: Tensors) -> Tensor:
+        """Σ H(θ−m)² + c, differentiable in θ."""
+        terms = [
+            (h * (parameters[name] - self.centre[name]).square()).sum() for name, h in self.curvature.items()
+        ]
+        return torch.stack(terms).sum() + self.constant
+
+    @torch.no_grad()
+    def plus(self, curvature: Tensors, centre: Tensors) -> "Quadratic":
+        """This plus Σ F(θ−θ₀)².
+
+        The textbook m = (Σ Fᵢθᵢ)/H and c = Σ Fᵢθᵢ² − Hm² subtract large, nearly equal numbers; here m moves
+        from the old centre towards θ₀ by the weight F/H, and c grows by what the two centres disagree.
+        """
+        total, moved, constant = {}, {}, self.constant
+        for name, old in self.curvature.items():
+            new, gap = curvature[name], centre[name] - self.centre[name]
+            total[name] = old + new
+            weight = torch.where(total[name] > 0, new / total[name], 1.0)  # flat on both sides: take θ₀
+            moved[name] = self.centre[name] + weight * gap
+            constant += float((old * weight * gap.square()).sum(dtype=torch.float64))
+        return Quadratic(curvature=total, centre=moved, constant=constant)
+
+    def faded(self, decay: float) -> "Quadratic":
+        """The same valley, `decay` times as steep."""
+        flatter = {name: decay * h for name, h in self.curvature.items()}
+        return Quadratic(curvature=flatter, centre=self.centre, constant=decay * self.constant)
+
+    def to(self, device: torch.device) -> "Quadratic":
+        return Quadratic(
+            curvature={name: h.to(device) for name, h in self.curvature.items()},
+            centre={name: m.to(device) for name, m in self.centre.items()},
+            constant=self.constant,
+        )
+
+
+def save(quadratic: Quadratic, path: Path) -> None:
+    tensors = {f"curvature/{name}": h.detach().cpu().contiguous() for name, h in quadratic.curvature.items()}
+    tensors |= {f"centre/{name}": m.detach().cpu().contiguous() for name, m in quadratic.centre.items()}
+    tensors["constant"] = torch.tensor([quadratic.constant], dtype=torch.float64)
+    save_file(tensors, path)
+
+
+def load(path: Path) -> Quadratic:
+    """Raises `IntegrityError` when the file is damaged."""
+    try:
+        tensors = load_file(path)
+        return Quadratic(
+            curvature=_under("curvature/", tensors),
+            centre=_under("centre/", tensors),
+            constant=float(tensors["constant"]),
+        )
+    except (OSError, SafetensorError, KeyError) as error:
+        raise IntegrityError(f"{path} cannot be read ({error}); run `daemon doctor`") from None
+
+
+def _under(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

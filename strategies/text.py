@@ -1,0 +1,118 @@
+"""Questions and answers as token ids, in the model's own chat template.
+
+The template is rendered once, around two placeholders; its fixed pieces are tokenised with control
+tokens, what users wrote without. So a question can say anything and stays a question.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from storage.errors import ModelError
+from strategies.tokens import Encoder, plain_encoder, template_encoder
+
+# Private-use characters: no template contains them, and they are gone before anything is tokenised.
+_QUESTION, _ANSWER = "\ue000\ue001", "\ue002\ue003"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """The fixed parts of a conversation, as ids: before the question, between, and after the answer."""
+
+    before: list[int]
+    between: list[int]
+    end: list[int]
+
+
+@dataclass
+class Prompter:
+    """Makes prompts and answers for one model. Not thread-safe, like the tokenizer it holds."""
+
+    tokenizer: PreTrainedTokenizerBase
+    system_prompt: str = ""
+    max_tokens: int = 512
+    pieces: Pieces = field(init=False)
+    _encode: Encoder = field(init=False)
+
+    def __post_init__(self) -> None:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError("this model's tokenizer has no fast form (tokenizer.json); choose another base")
+        self._encode = plain_encoder(backend)
+        self.pieces = _pieces(self.tokenizer, template_encoder(backend), self.system_prompt)
+
+    def prompt_ids(self, question: str, context: str = "") -> list[int]:
+        """Everything up to where the model answers. A context comes before the question."""
+        text = f"{context}\n\n{question}" if context else question
+        return [*self.pieces.before, *self._encode(text), *self.pieces.between]
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """The answer and the token that ends it."""
+        return [*self._encode(answer), *self.pieces.end]
+
+    def decode(self, ids: list[int]) -> str:
+        """Generated ids as text, up to the end of the turn."""
+        stops = set(self.stop_ids)
+        kept: list[int] = []
+        for token in ids:
+            if token in stops:
+                break
+            kept.append(token)
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip()
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end an answer: the template's end of turn, and the model's end of text."""
+        eos = self.tokenizer.eos_token_id
+        return sorted({self.pieces.end[-1], *([eos] if eos is not None else [])})
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.stop_ids[0])
+
+    @property
+    def template_tokens(self) -> int:
+        """Tokens around an empty question and answer, the system prompt included."""
+        return len(self.pieces.before) + len(self.pieces.between) + len(self.pieces.end)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, encode: Encoder, system: str) -> Pieces:
+    before, between, after = _split(_conversation(tokenizer, system))
+    end = encode(after)
+    special = set(tokenizer.all_special_ids)
+    stop = next((n for n, token in enumerate(end) if token in special), None)
+    if stop is not None:
+        end = end[: stop + 1]
+    elif tokenizer.eos_token_id is not None:
+        end = [int(tokenizer.eos_token_id)]
+    else:
+        raise ModelError("this model has neither an end-of-turn nor an end-of-text token; choose another base")
+    return Pieces(before=encode(before), between=encode(between), end=end)
+
+
+def _conversation(tokenizer: PreTrainedTokenizerBase, system: str) -> str:
+    if not tokenizer.chat_template:
+        bos = tokenizer.bos_token or ""
+        told = f"{system}\n\n" if system else ""
+        return f"{bos}{told}Question: {_QUESTION}\nAnswer: {_ANSWER}{tokenizer.eos_token or ''}"
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    if not system:
+        return _render(tokenizer, turns)
+    try:
+        return _render(tokenizer, [{"role": "system", "content": system}, *turns])
+    except Exception:  # templates refuse roles in their own words; then the system prompt leads the question
+        turns[0]["content"] = f"{system}\n\n{_QUESTION}"
+        return _render(tokenizer, turns)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    before, found, rest = text.partition(_QUESTION)
+    between, found_too, after = rest.partition(_ANSWER)
+    if not found or not found_too:
+        raise ModelError("this model's chat template changes what it is given; choose another base")
+    return before, between, after

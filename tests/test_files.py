@@ -1,0 +1,205 @@
+"""Rows from files: every format, and bad lines that do not spoil the good ones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from storage.errors import SourceError
+from storage.files import match, read_files
+from storage.sources import Columns, RawRow
+
+DEFAULT = Columns()
+ROWS = [
+    {"id": "1", "question": 'he said "hi", twice\nand left', "answer": "2024-01-01", "task": "t"},
+    {"id": "2", "question": "ß é 日本 🙂", "answer": "true", "task": "t"},
+]
+
+
+def rows(*paths: Path, columns: Columns = DEFAULT, batch_rows: int = 20_000) -> list[RawRow]:
+    return [row for batch in read_files(paths, columns, batch_rows=batch_rows) for row in batch]
+
+
+def put(folder: Path, name: str, content: bytes | str) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def as_jsonl() -> str:
+    return "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def as_csv(delimiter: str = ",") -> str:
+    lines = [["id", "question", "answer", "task"], *([row[k] for k in row] for row in ROWS)]
+    return "".join(delimiter.join('"' + v.replace('"', '""') + '"' for v in line) + "\r\n" for line in lines)
+
+
+def as_parquet(folder: Path, name: str = "rows.parquet") -> Path:
+    source = put(folder, "for-parquet.jsonl", as_jsonl())
+    path = folder / name
+    columns = "{id: 'VARCHAR', question: 'VARCHAR', answer: 'VARCHAR', task: 'VARCHAR'}"
+    with duckdb.connect() as connection:
+        connection.execute(f"COPY (FROM read_json('{source}', columns={columns})) TO '{folder}/x.parquet'")
+    (folder / "x.parquet").rename(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", as_jsonl()),
+        ("rows.ndjson", as_jsonl()),
+        ("rows.json", as_jsonl()),
+        ("rows.json", "\n " + json.dumps(ROWS, indent=2)),
+        ("rows.csv", as_csv()),
+        ("rows.CSV", as_csv(";")),
+        ("rows.tsv", as_csv("\t")),
+        ("bom.csv", "\ufeff" + as_csv()),
+        ("bom.jsonl", "\ufeff" + as_jsonl()),
+        ("no-newline-at-the-end.jsonl", as_jsonl().rstrip()),
+    ],
+)
+def test_every_text_format_brings_the_texts_as_they_were_written(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    found = rows(put(tmp_path, name, content))
+    assert [row.values for row in found] == (ROWS if "csv" not in name.lower() else [{**row} for row in ROWS])
+
+
+def test_parquet_brings_the_texts_as_they_were_written(tmp_path: Path) -> None:
+    assert [row.values for row in rows(as_parquet(tmp_path))] == ROWS
+
+
+@pytest.mark.parametrize("name", ["a[1].parquet", "b*.parquet", "c?.parquet", "it's; --.parquet"])
+def test_patterns_in_a_file_name_mean_themselves(tmp_path: Path, name: str) -> None:
+    as_parquet(tmp_path, "bystander.parquet")
+    assert len(rows(as_parquet(tmp_path, name))) == 2
+
+
+def test_a_malformed_line_is_handed_on_as_text_with_its_place(tmp_path: Path) -> None:
+    good = '{"id": 1, "question": "q", "answer": "a"}'
+    path = put(tmp_path, "x.jsonl", f'{good}\n{{"id": 2, \n\n[1, 2]\n"text"\n{good}\n')
+    found = rows(path)
+    assert [bool(row.problem) for row in found] == [False, True, True, True, False]
+    assert found[1].values == {"text": '{"id": 2,'}
+    assert found[1].location == "x.jsonl line 2"
+    assert "not valid JSON" in found[1].problem
+    assert found[2].problem == "not a JSON object"
+
+
+def test_json_nested_without_end_is_a_bad_line_and_no_crash(tmp_path: Path) -> None:
+    good = b'{"id": 1, "question": "q", "answer": "a"}\n'
+    found = rows(put(tmp_path, "x.jsonl", good + b"[" * 200_000 + b"\n" + b'{"id": ' + b"9" * 5000 + b"}\n"))
+    assert [bool(row.problem) for row in found] == [False, True, True]
+
+
+def test_a_line_without_end_is_skipped_and_the_next_is_read(tmp_path: Path) -> None:
+    good = b'{"id": 1, "question": "q", "answer": "a"}\n'
+    found = rows(put(tmp_path, "x.jsonl", good + b"x" * (40 * 1024 * 1024) + b"\n" + good))
+    assert [bool(row.problem) for row in found] == [False, True, False]
+    assert len(str(found[1].values["text"])) < 10_000
+
+
+def test_bytes_that_are_not_utf8_stay_recognisable(tmp_path: Path) -> None:
+    jsonl = put(tmp_path, "x.jsonl", b'{"id": 1, "question": "\xff\xfe", "answer": "a"}\n')
+    csv = put(tmp_path, "x.csv", b"id,question,answer\n1,\xff\xfe,a\n2,fine,a\n")
+    for row in (rows(jsonl)[0], rows(csv)[0]):
+        assert row.values["question"] == "\udcff\udcfe"
+    assert rows(csv)[1].values["question"] == "fine"
+
+
+def test_a_csv_line_with_the_wrong_number_of_columns_does_not_stop_the_file(tmp_path: Path) -> None:
+    content = 'id,question,answer\n1,q,a\n2,only\n3,q,a,b,c\n\n,,\n4,he said "hi" there,a\r\n5,#5,a\n'
+    found = rows(put(tmp_path, "x.csv", content))
+    assert [row.values.get("id") for row in found] == ["1", None, None, "4", "5"]
+    assert found[1].problem == "2 columns where the header has 3"
+    assert found[1].values == {"text": "2,only"}
+    assert found[1].location == "x.csv line 3"
+    assert found[3].values["question"] == 'he said "hi" there'
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_is_found_even_when_others_are_in_the_texts(tmp_path: Path, delimiter: str) -> None:
+    others = "".join({",", ";", "\t", "|"} - {delimiter})
+    lines = [["id", "question", "answer", "a note"], ["1", f"q{others}" * 5, "a", others]]
+    path = put(tmp_path, "x.csv", "\n".join(delimiter.join(line) for line in lines))
+    assert rows(path)[0].values == {"id": "1", "question": f"q{others}" * 5, "answer": "a"}
+
+
+def test_columns_are_found_by_configured_name_then_by_ours_in_any_case() -> None:
+    columns = Columns(question="utterance", task="", split="")
+    found = ["ID", "Question", " answer ", "utterance", "Task"]
+    assert match(columns, found) == {
+        "id": "ID",
+        "question": "utterance",
+        "answer": " answer ",
+        "task": "Task",
+    }
+    assert match(columns, ["question"]) == {"question": "question"}
+
+
+def test_optional_columns_may_be_missing(tmp_path: Path) -> None:
+    path = put(tmp_path, "x.csv", "id,question,answer\n1,q,a\n")
+    columns = Columns(task="skill", context="passage", created_at="at", split="split")
+    assert rows(path, columns=columns)[0].values == {"id": "1", "question": "q", "answer": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("x.csv", "id,frage,answer\n1,q,a\n"), ("x.jsonl", '{"id": 1, "frage": "q", "answer": "a"}\n')],
+)
+def test_a_missing_required_column_is_named_with_those_found(tmp_path: Path, name: str, content: str) -> None:
+    with pytest.raises(
+        SourceError, match=r"no column for question; its columns are id, frage, answer.*Rename"
+    ):
+        rows(put(tmp_path, name, content))
+
+
+def test_parquet_without_a_required_column_says_so(tmp_path: Path) -> None:
+    with duckdb.connect() as connection:
+        connection.execute(f"COPY (SELECT 1 AS id, 'q' AS question) TO '{tmp_path}/x.parquet'")
+    with pytest.raises(SourceError, match="no column for answer; its columns are id, question"):
+        rows(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.xlsx", b"PK", "of an unknown kind; known are .jsonl"),
+        ("x.parquet", b"not parquet at all", "cannot be read"),
+        ("x.json", b'[{"id": 1,', "not valid JSON.*nothing was taken"),
+        ("x.jsonl", b"\x00\x01\x02" * 100, "has no JSON object"),
+        ("x.csv", "id,question,answer\n1,q,a\n".encode("utf-16"), "UTF-16; save it as UTF-8"),
+    ],
+)
+def test_a_file_of_the_wrong_kind_is_an_error_in_words(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        rows(put(tmp_path, name, content))
+
+
+def test_a_missing_file_stops_before_the_first_is_read(tmp_path: Path) -> None:
+    good = put(tmp_path, "a.jsonl", as_jsonl())
+    with pytest.raises(SourceError, match=r"there is no file .*b\.csv"):
+        next(read_files([good, tmp_path / "b.csv"], DEFAULT))
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.json"])
+def test_an_empty_file_has_no_rows(tmp_path: Path, name: str) -> None:
+    assert rows(put(tmp_path, name, "")) == []
+
+
+def test_objects_may_differ_in_their_keys(tmp_path: Path) -> None:
+    items: list[dict[str, Any]] = [{"id": 1, "question": "q", "answer": "a", "context": "c"}, {"id": 2}]
+    found = rows(put(tmp_path, "x.jsonl", "\n".join(map(json.dumps, items))), columns=Columns())
+    assert [row.values for row in found] == items
+
+
+def test_files_are_read_in_batches(tmp_path: Path) -> None:
+    lines = "".join(f'{{"id": {n}, "question": "q{n}", "answer": "a"}}\n' for n in range(2500))
+    sizes = [len(b) for b in read_files([put(tmp_path, "x.jsonl", lines)], DEFAULT, batch_rows=1000)]
+    assert sizes == [1000, 1000, 500]
