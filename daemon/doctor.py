@@ -10,8 +10,9 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ GIB = 1 << 30
 LITTLE_SPACE = 5 * GIB  # a cycle with its checkpoints takes some hundred MB; a converted base as much
 NO_SPACE = GIB // 2
 TORCH_SECONDS = 120
+SOURCE_SECONDS = 3.0  # to wait for a collector that holds its file
 # torchvision holds compiled code for one version of torch; a mismatch only shows on import.
 _TORCH_PROBE = """
 import json, torch
@@ -147,16 +149,21 @@ def store(settings: Settings) -> Check:
 
 
 def source(settings: Settings) -> Check:
-    from daemon.pull import check_source
+    """Reads one row, as a pull would read many."""
+    from daemon.pull import source_spec
+    from storage.sources import DuckDBSource
 
     if settings.source.path is None:
         return warn(
             "source", "source.path is not set: rows come by `daemon ingest` only", "daemon ingest FILE"
         )
+    spec = replace(source_spec(settings), batch_rows=1, busy_timeout=SOURCE_SECONDS)
     try:
-        return ok("source", check_source(settings))
+        first = next(DuckDBSource(spec).batches(None), [])
     except SourceBusy as error:
-        return warn("source", f"{error} (pulls try again by themselves)")
+        return warn("source", f"{error} (pulls keep trying)")
+    told = "can be read" if first else "has no rows yet"
+    return ok("source", f"{settings.source.path}, table {settings.source.table}, {told}")
 
 
 def base(settings: Settings) -> Check:
@@ -265,8 +272,9 @@ def _declared() -> list[str]:
     """Names of the distributions that Holdfast needs, without its extras."""
     try:
         lines = requires("holdfast") or []
-    except PackageNotFoundError:
-        return ["holdfast"]
+    except PackageNotFoundError:  # run from a clone that was never installed
+        project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+        lines = tomllib.loads(project.read_text())["project"]["dependencies"]
     names = (line for line in lines if "extra ==" not in line)
     return [name.split(";")[0].split("[")[0].rstrip("<>=!~., 0123456789*") for name in names]
 

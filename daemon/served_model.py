@@ -115,14 +115,13 @@ def _is_column(value: Any) -> bool:
 
 
 def _flat(given: Iterable[Any]) -> list[Any]:
-    """Lists, series and arrays (a server hands arrays, of one or two dimensions) as a list."""
-    ravel = getattr(given, "ravel", None)
-    return list(ravel() if ravel is not None and getattr(given, "ndim", 1) > 1 else given)
+    """Lists, series and arrays (a server hands arrays, of any number of dimensions) as a list."""
+    return list(given if getattr(given, "ndim", 1) == 1 else given.ravel())  # type: ignore[attr-defined]
 
 
 def _text(value: Any) -> str:
     """Tables say "nothing" with None or NaN."""
-    return value if isinstance(value, str) else "" if value is None or value != value else str(value)
+    return "" if value is None or value != value else str(value)
 
 
 set_model(ServedModel())

@@ -147,7 +147,9 @@ class Service:
         self._control.close()
         if daemon.flight.alive():
             # What it is in the middle of is made to be repeated; a store in use is safer unclosed.
-            log.warning("the cycle did not stop in time and is cut off", extra={"action": "cut-off"})
+            log.warning(
+                "work in progress is cut off, it is repeated at the next start", extra={"action": "cut-off"}
+            )
             logging.shutdown()
             os._exit(0)
         log.info("stopped", extra={"action": "stopped"})
@@ -176,6 +178,8 @@ class Service:
 
     def _repair_alias(self) -> bool:
         """After a crash MLflow's alias may lag behind the store; false when MLflow cannot be asked now."""
+        if not self._daemon.store.promotions():
+            return True  # no alias was ever set; spares a new daemon the import of MLflow
         try:
             promote.repair_alias(self._daemon.store, self._daemon.registry)
         except HoldfastError as error:

@@ -125,12 +125,17 @@ def describe(error: BaseException) -> dict[str, str]:
         return {"type": type(error).__name__, "message": str(error)}
     traceback.print_exception(error)
     first_line = next(iter(str(error).splitlines()), "")
-    # CUDA's out-of-memory error is torch's own; asking for it by name spares the import.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
         message = f"memory ran out ({first_line}); lower training.batch_size and raise training.accumulation"
     else:
         message = f"{type(error).__name__}: {first_line}"
     return {"type": "WorkerError", "message": message}
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch's own errors are known by their words, which spares its import."""
+    words = ("OutOfMemoryError", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in f"{type(error).__name__} {error}" for word in words)
 
 
 def main() -> int:
@@ -143,4 +148,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # the reading thread holds standard input, which a normal exit would wait for

@@ -89,16 +89,19 @@ class DuckDBSource:
         self._started: datetime | None = None
         self._full = True
         self._newest = 0  # microseconds since 1970
+        self._last: int | None = None  # row number at the first opening
 
     def batches(self, cursor: Cursor | None) -> Iterator[list[RawRow]]:
         """The rows since `cursor`, minus the overlap; all rows when a full comparison is due.
 
-        The file is closed while the caller works on a batch.
+        The file is closed while the caller works on a batch. Rows that are written after the first
+        opening may wait for the next pull, so that a busy collector cannot keep a pull going for ever.
         """
         self._started = self._clock()
         self._full = self._needs_full_scan(cursor, self._started)
         self._newest = self._capped(_microseconds(cursor.watermark)) if cursor and cursor.watermark else 0
         since = None if self._full else self._newest - self.spec.overlap // timedelta(microseconds=1)
+        self._last = None
         after: int | None = -1
         while after is not None:
             table, after = self._read(since, after)
@@ -155,43 +158,48 @@ class DuckDBSource:
         return min(microseconds, _microseconds(self._started))
 
     def _read(self, since: int | None, after: int) -> tuple[Any, int | None]:
-        """One opening: rows as an Arrow table, and the last row number, None when there are no more."""
+        """One opening: rows as an Arrow table, and the row number to go on from, None at the end."""
         with self._open() as connection:
             try:
-                target, types, has_rowid = self._look(connection)
-                query = self._query(target, types, has_rowid, since=since, after=after)
-                table = connection.sql(query).to_arrow_table()
+                target, types, has_numbers = self._look(connection)
+                if has_numbers and self._last is None:
+                    highest = connection.execute(f"SELECT coalesce(max(rowid), -1) FROM {target}").fetchall()
+                    self._last = int(highest[0][0])
+                table = connection.sql(self._query(target, types, since, after)).to_arrow_table()
             except duckdb.Error as error:
                 raise SourceError(
                     f"{self.spec.table} in {self.path} cannot be read: {_first_line(error)}; "
                     "try the table in DuckDB itself, and check source.table and source.columns"
                 ) from None
-        if has_rowid and table.num_rows == self.spec.batch_rows:
-            return table, int(table.column("rowid")[-1].as_py())
-        return table, None
+        return table, self._go_on(table, since, after)
 
-    def _query(
-        self, target: str, types: dict[str, str], has_rowid: bool, *, since: int | None, after: int
-    ) -> str:
-        """Rows by row number: it follows the order of writing as a rule. Where rows moved between two
-        openings (deletes, then a checkpoint), the overlap or the next full scan finds them."""
+    def _go_on(self, table: Any, since: int | None, after: int) -> int | None:
+        if self._last is None:
+            return None
+        if since is None:
+            return after + self.spec.batch_rows if after + self.spec.batch_rows < self._last else None
+        return int(table.column("rowid")[-1].as_py()) if table.num_rows == self.spec.batch_rows else None
+
+    def _query(self, target: str, types: dict[str, str], since: int | None, after: int) -> str:
+        """A batch by row numbers, which follow the order of writing as a rule. Where rows moved between
+        two openings (deletes, then a checkpoint), the overlap or the next full scan finds them."""
         selected = {
             field: _expression(field, name, types[name.casefold()])
             for field, name in self.spec.columns.named().items()
         }
-        conditions = [f"rowid > {after}"] if has_rowid else []
+        numbered = self._last is not None
+        columns = [f"{'rowid' if numbered else 'NULL'} AS rowid"]
+        columns += [f"{expression} AS {quote(field)}" for field, expression in selected.items()]
+        conditions = ["true"]
         if since is not None:
             created = selected["created_at"]
             conditions.append(f"({created} IS NULL OR {created} >= {since})")
-        return " ".join(
-            [
-                f"SELECT {'rowid' if has_rowid else 'NULL'} AS rowid,",
-                ", ".join(f"{expression} AS {quote(field)}" for field, expression in selected.items()),
-                f"FROM {target}",
-                f"WHERE {' AND '.join(conditions)}" if conditions else "",
-                f"ORDER BY rowid LIMIT {self.spec.batch_rows}" if has_rowid else "",
-            ]
-        )
+        if numbered:
+            # All rows: a range of numbers needs no sorting. Few rows of many: the next ones that fit.
+            upto = self._last if since is not None else after + self.spec.batch_rows
+            conditions.append(f"rowid > {after} AND rowid <= {upto}")
+        query = f"SELECT {', '.join(columns)} FROM {target} WHERE {' AND '.join(conditions)}"
+        return f"{query} ORDER BY rowid LIMIT {self.spec.batch_rows}" if numbered else query
 
     def _look(self, connection: Any) -> tuple[str, dict[str, str], bool]:
         """The quoted table, its columns with their types, and whether its rows have numbers."""

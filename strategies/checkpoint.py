@@ -8,6 +8,7 @@ Nothing is ever unpickled. Knows no method and no Avalanche.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,10 @@ class Checkpoints:
         self._tidy(keep=None)
 
     def _tidy(self, keep: str | None) -> None:
-        for leftover in [
-            *self.folder.glob("checkpoint-*.safetensors"),
-            *self.folder.glob(".checkpoint*.tmp"),
-        ]:
-            if leftover.name != keep:
-                leftover.unlink(missing_ok=True)
+        for pattern in ("checkpoint-*.safetensors", ".checkpoint*.tmp"):
+            for leftover in self.folder.glob(pattern):
+                if leftover.name != keep:
+                    leftover.unlink(missing_ok=True)
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -102,7 +101,7 @@ def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def optimizer_tensors(optimizer: Optimizer, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An optimiser's state by parameter name, as `NAME/KEY`."""
     return {
         f"{name}/{key}": torch.as_tensor(value)
@@ -111,7 +110,7 @@ def optimizer_tensors(optimizer: Optimizer, parameters: dict[str, Tensor]) -> di
     }
 
 
-def restore_optimizer(optimizer: Optimizer, parameters: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], saved: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         for key, value in under(f"{name}/", saved).items():
             # Step counters stay on the CPU, where AdamW keeps them; moments go to their parameter.
@@ -133,7 +132,7 @@ def restore_random_states(states: dict[str, Tensor], device: torch.device) -> No
 
 
 @torch.no_grad()
-def put(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+def put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Writes values into parameters. Raises `IntegrityError` unless names and shapes are the same."""
     if {n: p.shape for n, p in parameters.items()} != {n: v.shape for n, v in values.items()}:
         raise IntegrityError("the checkpoint belongs to an adapter of another shape")

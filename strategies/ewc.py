@@ -15,7 +15,7 @@ import torch
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
-from storage.errors import IntegrityError
+from storage.errors import IntegrityError, NonFiniteLoss
 from strategies import quadratic
 from strategies.batches import Example, collate, nll
 from strategies.contract import Progress, StrategySpec
@@ -92,6 +92,8 @@ def fisher_information(strategy: Any, rows: Sequence[Example]) -> dict[str, Tens
         for square, gradient in zip(squares.values(), gradients, strict=True):
             square += gradient.float().square()
         strategy.tell(Progress(stage="fisher", step=n + 1, steps=len(rows)))
+    if not all(square.isfinite().all() for square in squares.values()):
+        raise NonFiniteLoss("the Fisher information is not finite; try a lower training.learning_rate")
     return {name: square / len(rows) for name, square in squares.items()}
 
 

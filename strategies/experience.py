@@ -6,12 +6,16 @@ steps. Knows no method; methods mix further rows in through `Loader.also`.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from avalanche.benchmarks import DatasetExperience
 from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
 
-from strategies.batches import Example, plan
+from storage.errors import TrainingError
+from storage.parquet import read_rows
+from strategies.batches import Example, encode, plan
+from strategies.text import Prompter
 
 Draw = Callable[[int], Sequence[Example]]  # epoch → rows to mix in
 
@@ -52,6 +56,20 @@ class LanguageExperience(DatasetExperience[Any]):
     @property
     def new(self) -> list[Example]:
         return list(self.dataset)
+
+
+def read_experience(snapshot: Path, prompter: Prompter) -> LanguageExperience:
+    """The rows of a snapshot, as ids."""
+    parts = {part: read_rows(snapshot / f"{part}.parquet") for part in ("train", "validation", "memory")}
+    if not parts["train"]:
+        raise TrainingError(
+            f"the snapshot {snapshot} has no training rows; `daemon status` shows what is pending"
+        )
+    return LanguageExperience(
+        new=encode(parts["train"], prompter),
+        validation=encode(parts["validation"], prompter),
+        memory=encode(parts["memory"], prompter, replayed=True),
+    )
 
 
 class Loader:

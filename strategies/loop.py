@@ -21,16 +21,14 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from storage import artifacts
-from storage.errors import IntegrityError, Interrupted, NonFiniteLoss, TrainingError
-from storage.parquet import read_rows
+from storage.errors import IntegrityError, Interrupted, NonFiniteLoss
 from strategies import catalogue, checkpoint, inheritance, result
-from strategies.batches import IGNORED, Batch, answer_logits, collate, encode, nll
+from strategies.batches import IGNORED, Batch, answer_logits, collate, nll
 from strategies.catalogue import Method
 from strategies.checkpoint import Checkpoints, Course
 from strategies.contract import CurvePoint, Progress, TrainJob, TrainReport, TrainSpec, result_files
-from strategies.experience import LanguageExperience, Loader, Step
+from strategies.experience import LanguageExperience, Loader, Step, read_experience
 from strategies.model import Base, deterministic, load_base, trainable
-from strategies.text import Prompter
 
 Tell = Callable[[Progress], None]
 
@@ -71,6 +69,9 @@ class Learner(SGDUpdate, BaseSGDTemplate):
         self.should_stop = should_stop
         self.course = Course()
         self.best: dict[str, Tensor] = {}  # the adapter with the best validation loss, when that matters
+        self.loss: Tensor = self._make_empty_loss()
+        self.step_loss = self.loss
+        self._penalty = self.loss
         self.total_steps = 0
         self.replay_rows = 0  # in an epoch
         self.last_pass = False
@@ -166,7 +167,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
             if not torch.isfinite(value).all():
                 raise NonFiniteLoss(
                     f"the {name} became {value.item()} at step {self.course.steps + 1} of {self.total_steps} "
-                    f"(learning rate {rate:g}); the update was not applied. Try a lower training.learning_rate"
+                    f"(learning rate {rate:g}); the update was not applied. Lower training.learning_rate"
                 )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -349,20 +350,6 @@ def _run(job: TrainJob, checkpoints: Checkpoints, tell: Tell, should_stop: Calla
             rows=len(experience.new),
             replay_rows=learner.replay_rows,
         )
-
-
-def read_experience(snapshot: Path, prompter: Prompter) -> LanguageExperience:
-    """The rows of a snapshot, as ids."""
-    parts = {part: read_rows(snapshot / f"{part}.parquet") for part in ("train", "validation", "memory")}
-    if not parts["train"]:
-        raise TrainingError(
-            f"the snapshot {snapshot} has no training rows; `daemon status` shows what is pending"
-        )
-    return LanguageExperience(
-        new=encode(parts["train"], prompter),
-        validation=encode(parts["validation"], prompter),
-        memory=encode(parts["memory"], prompter, replayed=True),
-    )
 
 
 def _resume(learner: Learner, checkpoints: Checkpoints) -> None:

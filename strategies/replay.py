@@ -37,10 +37,9 @@ class Replay(SupervisedPlugin):
         on_offer = {example.row_hash: example for example in strategy.experience.memory}
         remembered = len(self.memory)
         self.memory = self.memory.only(on_offer)
-        if len(self.memory) < remembered:
-            self.notes.append(
-                f"{remembered - len(self.memory)} remembered rows are no longer in the store and were forgotten"
-            )
+        gone = remembered - len(self.memory)
+        if gone:
+            self.notes.append(f"{gone} remembered rows are no longer in the store and were forgotten")
         count = round(self.spec.replay_ratio * len(strategy.experience.new))
         if len(self.memory) and count:
             memory = self.memory  # what was remembered before this experience

@@ -22,7 +22,10 @@ Tasks = Mapping[str, tuple[str, ...]]  # task → row hashes
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The remembered rows. `seed` is that of the first cycle: the draw among all rows ever seen stays one draw."""
+    """The remembered rows, by task.
+
+    `seed` is the first cycle's and stays: the draw among all rows ever seen is one draw.
+    """
 
     seed: int
     tasks: Tasks = field(default_factory=dict)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import duckdb
 
-from daemon import config
+from daemon import config, operations
 from daemon.config import Settings
 from daemon.cycle import CycleRunner
 from daemon.executor import OnProgress, Stop
+from storage.errors import Interrupted
 from storage.records import Cycle
 from storage.registry import Registry
 from storage.store import Store
@@ -43,7 +44,11 @@ class InlineExecutor:
         from strategies.loop import train
 
         self._enter("train")
-        report = train(job, on_progress, stop.is_set)
+        try:
+            report = train(job, on_progress, stop.is_set)
+        except Interrupted:
+            stop.check()  # a cancel, if that is what it was
+            raise
         self.after("train")
         return report
 
@@ -148,9 +153,7 @@ def make_bot(home: Path, base: Path | None = None, **overrides: object) -> Bot:
 
 
 def open_registry(settings: Settings) -> Registry:
-    from daemon.publish import SERVED_MODEL
-
-    return Registry(settings.tracking_uri, settings.bot.name, settings.state_dir / "artifacts", SERVED_MODEL)
+    return operations.open_registry(settings)
 
 
 def collect(path: Path, rows: Iterable[tuple[str, str, str, str, str]]) -> None:

@@ -245,7 +245,7 @@ def test_what_could_not_be_tidied_is_tried_again_before_the_next_cycle(tmp_path:
         runner = ToyRunner(store)
         runner.let_through.set()
         flight = Flight(store, lambda: runner, housekeeping=tidy)
-        _, _ = flight.request("manual", "ann")
+        flight.request("manual", "ann")
         flight.start()
         assert runner.entered.acquire(timeout=PATIENCE)
         while len(tried) < 2:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import duckdb
@@ -173,7 +173,7 @@ ANYTHING = st.recursive(
     | st.floats()
     | st.binary(max_size=8)
     | st.text(st.characters(exclude_categories=()), max_size=8)
-    | st.datetimes(timezones=st.none() | st.timezones()),
+    | st.datetimes(timezones=st.none() | st.just(timezone(timedelta(hours=-11)))),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
@@ -265,8 +265,8 @@ def test_unsplit_rows_are_divided_by_content_alone(store: Store, tmp_path: Path)
     rows = [raw(id=str(n), question=f"Question {n}?") for n in range(500)]
     take_all(store, *rows)
     with Store.open(tmp_path / "other.duckdb") as other:
-        for row in reversed(rows):
-            take_all(other, row)
+        for start in range(0, 500, 100):
+            take_all(other, *rows[::-1][start : start + 100])
         assert other.row_counts() == store.row_counts()
     counts = store.row_counts()["billing"]
     assert 60 < counts[Split.SUITE] < 140

@@ -367,7 +367,7 @@ def test_publishing_loads_no_torch_and_keeps_the_log_readable(tmp_path: Path) ->
 
 SERVE = """
 import json, sys
-import mlflow, pandas
+import mlflow, numpy, pandas
 uri, elsewhere = sys.argv[1:]
 model = mlflow.pyfunc.load_model(uri)
 questions = ["How are you?", "Bill?"]
@@ -375,6 +375,7 @@ table = pandas.DataFrame({"question": questions, "context": ["", None], "task": 
 said = {
     "list": model.predict(questions),
     "text": model.predict("How are you?"),
+    "array": model.predict(numpy.array("How are you?")),
     "table": model.predict(table),
     "shuffled": model.predict(table[["task", "question"]].iloc[::-1]),
     "dicts": model.predict([{"question": "Bill?", "task": "mood"}]),
@@ -395,6 +396,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.acceptance
 def test_anybody_can_load_the_champion_and_ask_it(tmp_path: Path, registry: Registry) -> None:
     from strategies.base import prepare
     from strategies.contract import LoraSpec, PrepareJob
@@ -422,7 +424,7 @@ def test_anybody_can_load_the_champion_and_ask_it(tmp_path: Path, registry: Regi
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     how, bill = said["list"]
-    assert said["text"] == [how]
+    assert said["text"] == said["array"] == [how]
     assert said["table"][0] == how
     assert said["table"][1] in {"fine", "poor"}
     assert said["shuffled"] == said["table"][::-1]

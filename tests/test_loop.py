@@ -1,0 +1,253 @@
+"""Learning one experience: the loss, the steps, the end, and what is left behind."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from daemon.config import METHODS
+from storage.artifacts import verify
+from storage.errors import IntegrityError, NonFiniteLoss, TrainingError
+from strategies import catalogue
+from strategies.batches import Example, collate, encode, nll
+from strategies.contract import LoraSpec, Progress, StrategySpec, TrainReport, result_files
+from strategies.experience import Loader, Step
+from strategies.loop import learning_rate, train
+from strategies.model import load_base, trainable, with_adapter
+from tests import trainings
+from tests.toys import tiny_base, tiny_model_spec
+from tests.trainings import SPEC, adapter, adapter_bytes, job, lesson, run, snapshot, state
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def examples(count: int) -> list[Example]:
+    return [
+        Example(row_hash=f"{n}", task="t", prompt_ids=(5,) * (1 + n * 7 % 5), answer_ids=(6,) * (1 + n % 3))
+        for n in range(count)
+    ]
+
+
+def test_every_row_is_learned_once_an_epoch_and_steps_hold_so_many_passes() -> None:
+    loader = Loader(examples(21), batch_size=2, accumulation=3, seed=0)
+    for epoch in range(3):
+        steps = loader.steps(epoch)
+        assert sorted(row.row_hash for step in steps for row in step.rows) == sorted(str(n) for n in range(21))
+        assert len(steps) == 4
+        assert sorted(len(step.passes) for step in steps) == [2, 3, 3, 3]
+    assert loader.steps(0) == loader.steps(0)
+    assert loader.steps(0) != loader.steps(1)
+
+
+def test_accumulating_changes_memory_and_nothing_else(base: Path, tmp_path: Path) -> None:
+    """Rows and answers have different lengths, so that a mean of the passes' means would be wrong."""
+
+    def gradients(batch_size: int, accumulation: int) -> tuple[dict[str, torch.Tensor], float]:
+        learner = trainings.learner(base, tmp_path, clip_norm=1e9)
+        rows = trainings.experience(learner, lesson("a", 12)).new
+        loader = Loader(rows, batch_size=batch_size, accumulation=accumulation, seed=0)
+        (step,) = loader.steps(0)
+        assert len(step.passes) == accumulation
+        learner.learn(step)
+        found = {name: p.grad.clone() for name, p in trainable(learner.model).items() if p.grad is not None}
+        return found, learner.step_loss.item()
+
+    at_once, loss = gradients(12, 1)
+    in_passes, same_loss = gradients(2, 6)
+    assert same_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in at_once.items():
+        torch.testing.assert_close(in_passes[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_the_mean_over_answer_tokens_only(base: Path, tmp_path: Path) -> None:
+    learner = trainings.learner(base, tmp_path)
+    rows = trainings.experience(learner, lesson("a", 5)).new
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            loss, count = nll(learner.model, collate([row], learner.base.prompter.pad_id))
+            total, tokens = total + loss.item(), tokens + count
+    learner.learn(Step(passes=(tuple(rows[:3]), tuple(rows[3:]))))
+    assert tokens == sum(len(row.answer_ids) for row in rows)
+    assert learner.step_loss.item() == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_the_rate_rises_to_its_peak_and_falls_towards_zero() -> None:
+    spec = replace(SPEC, learning_rate=1.0, warmup=0.2)
+    rates = [learning_rate(step, 20, spec) for step in range(20)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[12] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 0.02
+    assert learning_rate(0, 1, replace(spec, warmup=0.0)) == 1.0
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(base: Path, tmp_path: Path) -> None:
+    learner = trainings.learner(base, tmp_path)
+    rows = trainings.experience(learner, lesson("a", 4)).new
+    parameters = trainable(learner.model)
+    spoiled = next(iter(parameters))
+    parameters[spoiled].data.fill_(math.inf)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    with pytest.raises(NonFiniteLoss, match=r"the loss became nan at step 1 .*Lower training.learning_rate"):
+        learner.learn(Step(passes=(tuple(rows),)))
+    assert all(torch.equal(before[name], p) for name, p in parameters.items())
+    assert not learner.optimizer.state
+
+
+def test_a_training_that_diverges_leaves_no_result(base: Path, tmp_path: Path) -> None:
+    data = snapshot(tmp_path / "snapshot", lesson("a", 12))
+    wild = job(base, data, tmp_path / "out", train=replace(SPEC, learning_rate=1e30, warmup=0.0))
+    with pytest.raises(NonFiniteLoss):
+        run(wild)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_job_gives_the_same_adapter_and_another_seed_another(base: Path, tmp_path: Path) -> None:
+    data = snapshot(tmp_path / "snapshot", lesson("a", 12), lesson("a", 4, split="validation", start=50))
+    lora = LoraSpec(rank=2, alpha=4, dropout=0.3)
+    run(job(base, data, tmp_path / "one", lora=lora))
+    torch.rand(7)  # what else happens in the process does not matter
+    run(job(base, data, tmp_path / "two", lora=lora))
+    run(job(base, data, tmp_path / "three", lora=lora, train=replace(SPEC, seed=1)))
+    assert adapter_bytes(tmp_path / "one") == adapter_bytes(tmp_path / "two")
+    assert adapter_bytes(tmp_path / "one") != adapter_bytes(tmp_path / "three")
+
+
+def test_a_result_is_whole_says_what_was_done_and_is_made_once(base: Path, tmp_path: Path) -> None:
+    data = snapshot(tmp_path / "snapshot", lesson("a", 10), lesson("a", 4, split="validation", start=50))
+    asked, told = job(base, data, tmp_path / "out"), []
+    report = run(asked, told)
+    verify(tmp_path / "out")
+    assert (report.strategy, report.rows, report.replay_rows, report.epochs) == ("naive", 10, 0, 2)
+    assert (report.steps, len(report.curve), len(report.validation_losses)) == (6, 6, 2)
+    assert report.final_loss < report.curve[0].loss
+    assert [p.step for p in told if p.stage == "train"] == [1, 2, 3, 4, 5, 6]
+    assert all(p.steps == 6 and p.left is not None and p.loss for p in told if p.stage == "train")
+    assert state(tmp_path / "out") == {}
+    assert not list(Path(asked.work).iterdir()), "a finished training needs no checkpoint"
+
+    told.clear()
+    assert run(asked, told) == report
+    assert told == []
+
+
+def test_training_stops_when_validation_stalls_and_keeps_the_best_adapter(base: Path, tmp_path: Path) -> None:
+    watched = [replace(row, answer="quite another answer") for row in lesson("a", 4, split="validation")]
+    data = snapshot(tmp_path / "snapshot", lesson("a", 8, start=20), watched)
+    spec = replace(SPEC, epochs=40, patience=2, learning_rate=0.05)
+    report = run(job(base, data, tmp_path / "out", train=spec))
+    losses = report.validation_losses
+    assert report.stopped_early
+    assert report.epochs == len(losses) == losses.index(min(losses)) + 1 + 2
+
+    loaded = load_base(tiny_model_spec(base))
+    kept = with_adapter(loaded, result_files(tmp_path / "out")["adapter"], trainable=False)
+    with torch.no_grad():
+        loss, tokens = nll(kept, collate(encode(watched, loaded.prompter), loaded.prompter.pad_id))
+    assert loss.item() / tokens == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_without_patience_all_epochs_run_and_the_last_adapter_stays(base: Path, tmp_path: Path) -> None:
+    watched = [replace(row, answer="quite another answer") for row in lesson("a", 4, split="validation")]
+    spec = replace(SPEC, epochs=4, learning_rate=0.05)
+    with_rows = snapshot(tmp_path / "with", lesson("a", 8, start=20), watched)
+    report = run(job(base, with_rows, tmp_path / "out", train=spec))
+    assert (report.epochs, report.stopped_early, report.notes) == (4, False, ())
+    without_rows = snapshot(tmp_path / "without", lesson("a", 8, start=20))
+    unwatched = run(job(base, without_rows, tmp_path / "unwatched", train=replace(spec, patience=2)))
+    assert unwatched.epochs == 4
+    assert unwatched.notes == ("no validation rows: every epoch was run and the last adapter kept",)
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "unwatched")
+
+
+def test_only_the_adapter_learns(base: Path, tmp_path: Path) -> None:
+    learner = trainings.learner(base, tmp_path)
+    before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    learner.train(trainings.experience(learner, lesson("a", 8)), eval_streams=[])
+    changed = {n for n, p in learner.model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == set(trainable(learner.model))
+    assert all("lora_" in name for name in changed)
+
+
+def test_a_cycle_continues_from_its_parents_adapter(base: Path, tmp_path: Path) -> None:
+    first = snapshot(tmp_path / "first", lesson("a", 8))
+    run(job(base, first, tmp_path / "one"))
+    second = snapshot(tmp_path / "second", lesson("b", 8))
+    still = replace(SPEC, learning_rate=1e-12)
+    run(job(base, second, tmp_path / "two", tmp_path / "one", train=still))
+    run(job(base, second, tmp_path / "fresh", train=still))
+    for name, tensor in adapter(tmp_path / "one").items():
+        torch.testing.assert_close(adapter(tmp_path / "two")[name], tensor, rtol=0, atol=1e-9)
+    assert adapter_bytes(tmp_path / "fresh") != adapter_bytes(tmp_path / "two")
+
+
+def test_a_parents_shape_wins_over_new_lora_settings_and_that_is_said(base: Path, tmp_path: Path) -> None:
+    run(job(base, snapshot(tmp_path / "first", lesson("a", 8)), tmp_path / "one"))
+    second = snapshot(tmp_path / "second", lesson("b", 8))
+    report = run(job(base, second, tmp_path / "two", tmp_path / "one", lora=LoraSpec(rank=3, alpha=4)))
+    assert "lora.rank = 3 was not used: the champion's adapter continues with 2" in report.notes
+
+
+def test_a_change_of_strategy_works_and_is_said(base: Path, tmp_path: Path) -> None:
+    replay = StrategySpec(methods=("replay",))
+    both = StrategySpec(methods=("replay", "ewc"), fisher_rows=3)
+    old, new = lesson("a", 8), lesson("b", 8)
+    run(job(base, snapshot(tmp_path / "first", old), tmp_path / "one", strategy=replay))
+    second = snapshot(tmp_path / "second", new, memory=old)
+    report = run(job(base, second, tmp_path / "two", tmp_path / "one", strategy=both))
+    assert report.notes[:2] == (
+        "strategy changed from replay to replay+ewc",
+        "ewc begins with this cycle and knows nothing of earlier ones",
+    )
+    assert (report.replay_rows, report.memory_rows) == (4, 16)
+    assert report.state_bytes == sum(len(data) for data in state(tmp_path / "two").values())
+    assert set(state(tmp_path / "two")) == {"replay.json", "ewc.safetensors"}
+
+
+def test_the_state_of_methods_at_rest_is_carried_along_untouched(base: Path, tmp_path: Path) -> None:
+    both = StrategySpec(methods=("replay", "ewc"), fisher_rows=3)
+    run(job(base, snapshot(tmp_path / "first", lesson("a", 8)), tmp_path / "one", strategy=both))
+    second = snapshot(tmp_path / "second", lesson("b", 8), memory=lesson("a", 8))
+    replay = StrategySpec(methods=("replay",))
+    run(job(base, second, tmp_path / "two", tmp_path / "one", strategy=replay))
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    assert two["ewc.safetensors"] == one["ewc.safetensors"]
+    assert two["replay.json"] != one["replay.json"]
+
+
+def test_a_snapshot_that_was_changed_is_refused(base: Path, tmp_path: Path) -> None:
+    data = snapshot(tmp_path / "snapshot", lesson("a", 8))
+    info = json.loads((data / "manifest.json").read_text())
+    info["files"]["train.parquet"] = "0" * 64
+    (data / "manifest.json").write_text(json.dumps(info))
+    with pytest.raises(IntegrityError, match=r"train.parquet was changed"):
+        run(job(base, data, tmp_path / "out"))
+
+
+def test_a_snapshot_without_training_rows_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="has no training rows"):
+        run(job(base, snapshot(tmp_path / "snapshot", []), tmp_path / "out"))
+
+
+def test_reports_cross_the_process_boundary_unchanged(base: Path, tmp_path: Path) -> None:
+    report = run(job(base, snapshot(tmp_path / "snapshot", lesson("a", 8)), tmp_path / "out"))
+    assert TrainReport.from_json(report.to_json()) == report
+    progress = Progress(stage="train", step=1, steps=2, loss=0.5)
+    assert Progress.from_json(progress.to_json()) == progress
+
+
+def test_the_catalogue_holds_the_methods_that_the_configuration_knows() -> None:
+    assert set(catalogue.METHODS) == set(METHODS)
+    files = [method.file for method in catalogue.build(StrategySpec(methods=METHODS), seed=0)]
+    assert len(set(files)) == len(files)
+
+
+def test_train_is_what_the_worker_calls() -> None:
+    assert train.__module__ == "strategies.loop"

@@ -1,0 +1,308 @@
+"""`daemon run` as a real process: signals, locks, reload, systemd, recovery. Cycles train a tiny model."""
+
+import json
+import os
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from daemon.service import STOP_SECONDS, WORKER_STOP_SECONDS
+from storage.errors import ControlError
+from storage.store import Store
+from tests.bots import COLOURS, FLAVOURS, collect, lesson, write_config
+from tests.daemons import DaemonProcess, cli, read_json
+from tests.toys import tiny_base
+
+QUICK = STOP_SECONDS + 5  # a stop without a worker; the rest is room for a loaded machine
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def idle(tmp_path: Path, base: Path) -> Iterator[DaemonProcess]:
+    """A running daemon without a source."""
+    with DaemonProcess(write_config(tmp_path, base)) as daemon:
+        yield daemon
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+# Starting and stopping.
+
+
+def test_it_is_private_small_and_ready(idle: DaemonProcess) -> None:
+    assert stat.S_IMODE(idle.settings.state_dir.stat().st_mode) == 0o700
+    assert stat.S_IMODE(idle.settings.socket_path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(idle.settings.store_path.stat().st_mode) == 0o600
+    told = idle.status()
+    assert told["daemon"]["pid"] == idle.process.pid
+    assert told["daemon"]["torch_loaded"] is False
+    assert "libtorch" not in Path(f"/proc/{idle.process.pid}/maps").read_text()
+
+
+def test_sigterm_ends_it_within_seconds_and_tells_systemd(idle: DaemonProcess) -> None:
+    started = time.monotonic()
+    assert idle.stop() == 0
+    assert time.monotonic() - started < QUICK
+    idle.hear("STOPPING=1")
+    assert not idle.settings.socket_path.exists()
+    assert "action=stopped" in idle.log.read_text()
+
+
+def test_ctrl_c_ends_it_too(idle: DaemonProcess) -> None:
+    idle.signal(signal.SIGINT)
+    assert idle.process.wait(60) == 0
+
+
+def test_a_second_daemon_on_the_state_directory_is_turned_away(idle: DaemonProcess) -> None:
+    ran = cli(idle.config_path, "run")
+    assert ran.returncode == 1
+    assert f"a daemon (process {idle.process.pid}) runs on" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert idle.status()["daemon"]["pid"] == idle.process.pid
+
+
+def test_after_kill_9_the_next_one_starts_as_if_nothing_had_been(idle: DaemonProcess) -> None:
+    idle.kill()
+    assert idle.settings.socket_path.exists()
+    with DaemonProcess(idle.config_path) as again:
+        assert again.status()["daemon"]["pid"] == again.process.pid
+
+
+def test_a_config_that_is_not_valid_ends_the_start_with_the_reason(tmp_path: Path, base: Path) -> None:
+    path = write_config(tmp_path, base, schedule__cron="0 0 31 2 *")
+    ran = cli(path, "run")
+    assert ran.returncode == 1
+    assert 'schedule.cron = "0 0 31 2 *": this never happens' in ran.stderr
+
+
+def test_a_state_directory_that_others_may_write_is_refused(tmp_path: Path, base: Path) -> None:
+    path = write_config(tmp_path, base)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").chmod(0o777)
+    ran = cli(path, "run")
+    assert ran.returncode == 1
+    assert "chmod 700" in ran.stderr
+
+
+def test_the_watchdog_is_fed_while_all_is_well(tmp_path: Path, base: Path) -> None:
+    with DaemonProcess(write_config(tmp_path, base), WATCHDOG_USEC="1000000") as daemon:
+        for _ in range(3):
+            daemon.hear("WATCHDOG=1")
+
+
+# Reloading.
+
+
+def test_sighup_takes_the_new_config(idle: DaemonProcess) -> None:
+    assert idle.status()["daemon"]["next_run"] is None
+    edit(idle.config_path, 'cron = ""', 'cron = "15 4 * * sun"')
+    idle.signal(signal.SIGHUP)
+    idle.hear("RELOADING=1")
+    idle.hear("READY=1")
+    told = idle.status()
+    assert told["schedule"]["cron"] == "15 4 * * sun"
+    assert "T04:15:00" in told["daemon"]["next_run"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('cron = ""', 'cron = "0 0 31 2 *"', "never happens"),
+        ('cron = ""', "cron = 3", "schedule.cron"),
+        ('name = "test-bot"', 'name = "other-bot"', "needs a restart"),
+    ],
+)
+def test_sighup_with_a_bad_config_keeps_the_old_one_and_says_why(
+    idle: DaemonProcess, old: str, new: str, reason: str
+) -> None:
+    edit(idle.config_path, old, new)
+    idle.signal(signal.SIGHUP)
+    idle.hear("RELOADING=1")
+    idle.hear("READY=1")
+    told = idle.status()
+    assert reason in told["daemon"]["config_problem"]
+    assert told["bot"] == "test-bot"
+    assert "action=reload-refused" in idle.log.read_text()
+    edit(idle.config_path, new, old)
+    idle.signal(signal.SIGHUP)
+    idle.until(lambda told: told["daemon"]["config_problem"] is None)
+
+
+# The schedule.
+
+
+def test_a_firing_missed_while_it_was_down_is_made_up_once(tmp_path: Path, base: Path) -> None:
+    path = write_config(tmp_path, base, schedule__cron="0 3 1 1 *")
+    with DaemonProcess(path) as daemon:
+        assert daemon.status()["last"] is None, "nothing was missed before the first start"
+        daemon.stop()
+    with Store.open(daemon.settings.store_path) as store:
+        seen = json.loads(store.get_meta("schedule") or "")
+        store.set_meta("schedule", json.dumps({**seen, "seen": "2020-06-01T00:00:00Z"}))
+    with DaemonProcess(path) as daemon:
+        assert [cycle["trigger"] for cycle in daemon.call("history")["cycles"]] == ["schedule"]
+        daemon.kill()
+    with DaemonProcess(path) as daemon:
+        assert len(daemon.call("history")["cycles"]) == 1
+
+
+def test_a_paused_daemon_stays_paused_over_a_restart(idle: DaemonProcess) -> None:
+    idle.call("pause")
+    with pytest.raises(ControlError, match="paused by"):
+        idle.retrain()
+    idle.stop()
+    with DaemonProcess(idle.config_path) as again:
+        assert again.status()["paused"] is not None
+        again.call("resume")
+        assert again.status()["paused"] is None
+
+
+# Cycles.
+
+
+@pytest.mark.acceptance
+def test_a_day_in_the_life(tmp_path: Path, base: Path) -> None:
+    """Two lessons, then nothing new: by the commands a person types."""
+    path = write_config(tmp_path, base)
+    collect(tmp_path / "qa.duckdb", lesson("colours", COLOURS))
+    with DaemonProcess(path) as daemon:
+        ran = cli(path, "retrain-now", "--wait")
+        assert ran.returncode == 0, ran.stderr + daemon.log.read_text()
+        assert "cycle 1 promoted" in ran.stdout
+        assert "cycle 1, snapshotted: train" in ran.stderr
+        collect(tmp_path / "qa.duckdb", lesson("flavours", FLAVOURS))
+        assert read_json(cli(path, "retrain-now", "--wait", "--json"))["cycle"]["state"] == "promoted"
+        ran = cli(path, "retrain-now", "--wait")
+        assert ran.returncode == 0
+        assert "nothing-to-do" in ran.stdout
+
+        told = read_json(cli(path, "status", "--json"))
+        assert told["champion"]["version"] == 2
+        assert told["rows"]["pending"] == 0
+        assert told["daemon"]["torch_loaded"] is False, "after whole cycles and MLflow still not"
+        assert [c["state"] for c in daemon.call("history")["cycles"]] == [
+            "nothing-to-do",
+            "promoted",
+            "promoted",
+        ]
+        shown = cli(path, "show", "2").stdout
+        assert "Cycle 2 is promoted" in shown
+        assert "after cycle 2" in shown
+
+        answered = cli(path, "ask", "which one is colours 3", "--task", "colours")
+        assert answered.stdout.strip() in COLOURS, answered.stderr
+        assert "version 2" in answered.stderr
+        assert "--task" not in cli(path, "ask", "x", "--task", "smells").stdout
+        assert "tasks: colours, flavours" in cli(path, "ask", "x", "--task", "smells").stderr
+
+        assert "version 1 now" in cli(path, "rollback", "--why", "flavours are wrong").stdout
+        assert daemon.status()["rows"]["pending"] == 16, "what version 2 had learned is pending again"
+        assert "version 2 now" in cli(path, "promote", "2", "--why", "they were right").stdout
+        again = cli(path, "promote", "2", "--why", "really")
+        assert again.returncode == 1
+        assert "is the champion already" in again.stderr
+        assert daemon.stop() == 0
+    offline = read_json(cli(path, "status", "--json"))
+    assert offline["daemon"] is None
+    assert offline["champion"]["why"] == "they were right"
+    assert "they were right" in cli(path, "history").stdout
+
+
+@pytest.mark.acceptance
+def test_sigterm_in_mid_training_is_quick_and_the_cycle_goes_on_at_the_next_start(
+    tmp_path: Path, base: Path
+) -> None:
+    path = write_config(tmp_path, base, training__epochs=60, training__checkpoint_steps=5)
+    collect(tmp_path / "qa.duckdb", lesson("colours", COLOURS, train=64))
+    with DaemonProcess(path) as daemon:
+        cycle = daemon.retrain()
+        told = daemon.until(lambda told: _step(told) > 6)
+        worker = _children(daemon.process.pid)
+        assert worker
+        assert "cycle 1: train" in cli(path, "status").stdout.replace("running   ", "") or told
+        started = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - started < WORKER_STOP_SECONDS
+        assert not [pid for pid in worker if Path(f"/proc/{pid}").exists()], (
+            "the worker does not outlive the daemon"
+        )
+    edit(path, "epochs = 60", "epochs = 2")  # counts from the next cycle: this one's snapshot has its own
+    with DaemonProcess(path) as daemon:
+        ended = daemon.ended(cycle)
+        assert ended["state"] == "promoted", daemon.log.read_text()
+        assert daemon.call("show", cycle=cycle)["cycle"]["attempts"] == 0, (
+            "a shutdown is not a failed attempt"
+        )
+        report = json.loads((tmp_path / "state/cycles/1/train/report.json").read_text())
+        assert report["resumed"] >= 1
+        daemon.stop()
+
+
+@pytest.mark.acceptance
+def test_the_exit_code_tells_what_became_of_the_cycle(tmp_path: Path, base: Path) -> None:
+    path = write_config(tmp_path, base, gate__min_gain=1.0, training__epochs=400)
+    collect(tmp_path / "qa.duckdb", lesson("colours", COLOURS, train=64))
+    with DaemonProcess(path) as daemon:
+        cycle = daemon.retrain()
+        daemon.until(lambda told: _step(told) > 2)
+        assert daemon.call("retrain")["joined"] is False
+        assert daemon.call("retrain")["joined"] is True
+        assert cli(path, "cancel").returncode == 0
+        assert daemon.ended(cycle)["state"] == "cancelled"
+        assert cli(path, "cancel", "2").returncode == 0
+        daemon.until(lambda told: not told["unfinished"])
+        edit(path, "epochs = 400", "epochs = 1")
+        daemon.signal(signal.SIGHUP)
+        daemon.hear("RELOADING=1")
+        assert cli(path, "retrain-now", "--wait").returncode == 3
+        edit(path, "[source]", '[source]\ntable = "nothing_here"')
+        daemon.signal(signal.SIGHUP)
+        daemon.hear("RELOADING=1")
+        ran = cli(path, "retrain-now", "--wait")
+        assert ran.returncode == 4
+        assert "nothing_here" in ran.stdout
+        daemon.stop()
+
+
+@pytest.mark.acceptance
+def test_a_locked_source_is_waited_for_and_shown(tmp_path: Path, base: Path) -> None:
+    path = write_config(tmp_path, base, source__busy_timeout=0)
+    collect(tmp_path / "qa.duckdb", lesson("colours", COLOURS, train=4))
+    with DaemonProcess(path) as daemon:
+        with duckdb.connect(str(tmp_path / "qa.duckdb")):
+            cycle = daemon.retrain()
+            told = daemon.until(lambda told: bool(told["daemon"]["activity"]["waiting"]))
+            waiting = told["daemon"]["activity"]["waiting"]
+            assert f"PID {os.getpid()}" in waiting["reason"]
+            assert f"PID {os.getpid()}" in cli(path, "status").stdout.replace("\n", "")
+        again = daemon.call("retrain")
+        assert again["joined"]
+        assert again["cycle"]["id"] == cycle
+        assert daemon.ended(cycle)["state"] == "nothing-to-do"
+        daemon.stop()
+
+
+def _step(told: dict[str, object]) -> int:
+    """Which training step the running cycle is at."""
+    daemon = told["daemon"]
+    assert isinstance(daemon, dict)
+    progress = daemon["activity"]["progress"]
+    return int(progress["step"]) if progress and progress["stage"] == "train" else 0
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
