@@ -127,6 +127,7 @@ _HOW = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    stream.end_on_sigterm()
     plan = Plan(
         sizes=Sizes(options.domains, options.rows, options.validation, options.suite),
         seed=options.seed,
@@ -140,6 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HoldfastError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues where it was", file=sys.stderr)
+        return 130
     found = results(outcomes, plan, _again(options))
     (options.out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     print("\n" + tables.markdown(found))

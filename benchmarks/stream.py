@@ -226,6 +226,11 @@ class RunningDaemon:
             time.sleep(0.2)
 
 
+def end_on_sigterm() -> None:
+    """SIGTERM ends this program as Ctrl-C does, so that the daemon it started is stopped too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def stop_daemon(bot: Bot) -> None:
     """Ends a daemon that an earlier run left behind, if one answers."""
     try:

@@ -4,6 +4,7 @@ Translates the settings into what `storage.sources` and `storage.intake` want; d
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ def take_in_files(
         batches = files.read_files([path], spec.columns)
         taken += intake.take(batches, store, spec, source_name=f"file:{path.name}", **_rules(settings, base))
     return taken
+
+
+def check_source(settings: Settings) -> str:
+    """What a pull would find, in words; raises `SourceError` as a pull would, without waiting long."""
+    spec = replace(source_spec(settings), busy_timeout=min(settings.source.busy_timeout, 2.0))
+    return f"{spec.table} in {spec.path}, {sources.DuckDBSource(spec).look():,} rows"
 
 
 def source_spec(settings: Settings) -> sources.SourceSpec:

@@ -72,13 +72,13 @@ def _check_base(path: Path, fingerprint: str) -> None:
     advice = "load with model_config={'base_path': '/folder/of/the/base'}"
     if not path.is_dir():
         raise ModelError(f"the base model is not at {path}; {advice}. Its fingerprint is {fingerprint}")
-    if fingerprint and (found := _fingerprint(path)) != fingerprint:
+    if fingerprint and (found := _measure(path)) != fingerprint:
         raise ModelError(
             f"the model at {path} is {found}, but this adapter belongs to the base {fingerprint}; {advice}"
         )
 
 
-def _fingerprint(path: Path) -> str:
+def _measure(path: Path) -> str:
     """As `strategies.base` takes it of a base: over the weights, and the tokenizer saved anew."""
     from transformers import AutoTokenizer
 
@@ -86,7 +86,7 @@ def _fingerprint(path: Path) -> str:
 
     with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
         AutoTokenizer.from_pretrained(path, trust_remote_code=False).save_pretrained(folder)
-        return base._fingerprint(path, Path(folder) / "tokenizer.json")
+        return base.fingerprint(path, Path(folder) / "tokenizer.json")
 
 
 def _rows(given: Any) -> list[dict[str, Any]]:

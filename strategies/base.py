@@ -41,7 +41,7 @@ def prepare(job: PrepareJob, on_progress: Callable[[Progress], None] = lambda pr
             raise ModelError(f"model.base = {job.base!r} has no fast tokenizer (tokenizer.json); choose another base")
         record = PreparedBase(
             path=str(path),
-            fingerprint=_fingerprint(weights, folder / "tokenizer" / "tokenizer.json"),
+            fingerprint=fingerprint(weights, folder / "tokenizer" / "tokenizer.json"),
             tokenizer_file=str(out / "tokenizer" / "tokenizer.json"),
             template_tokens=_template_tokens(tokenizer),
             context_tokens=min(int(getattr(model.config, "max_position_embeddings", None) or _LONGEST), _LONGEST),
@@ -142,7 +142,8 @@ def _template_tokens(tokenizer: Any) -> int:
     return max(Prompter(tokenizer, system).template_tokens for system in ("", " "))
 
 
-def _fingerprint(weights: Path, tokenizer: Path) -> str:
+def fingerprint(weights: Path, tokenizer: Path) -> str:
+    """SHA-256 over a folder's weights and a tokenizer.json: what adapters are made for."""
     digest = hashlib.sha256()
     for path in [*sorted(weights.glob("*.safetensors")), tokenizer]:
         with path.open("rb") as file:

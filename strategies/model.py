@@ -6,6 +6,7 @@ what `trainable` returns, and nothing else.
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch.nn import Module, Parameter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -52,7 +53,7 @@ def load_base(spec: ModelSpec) -> Base:
         model = AutoModelForCausalLM.from_pretrained(
             spec.path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(spec), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"the base model at {spec.path} cannot be loaded: {error}") from error
     model.requires_grad_(False)
@@ -84,14 +85,23 @@ def fresh_adapter(base: Base, lora: LoraSpec, seed: int) -> PeftModel:
 
 def with_adapter(base: Base, folder: Path, *, trainable: bool) -> PeftModel:
     """The base with a saved adapter. Raises `ModelError` when the adapter is damaged or of another base."""
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"there is no adapter_model.safetensors in {folder}")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ModelError(f"there is no adapter_model.safetensors in {folder}; run `daemon doctor`")
     try:
-        return PeftModel.from_pretrained(
-            base.model, str(folder), is_trainable=trainable, torch_device=str(base.device)
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        with safe_open(weights, "pt") as file:
+            found = set(file.keys())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about missing weights: refused below
+            model = PeftModel.from_pretrained(
+                base.model, str(folder), is_trainable=trainable, torch_device=str(base.device)
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the adapter in {folder} cannot be loaded on this base: {error}") from error
+    if different := found ^ set(get_peft_model_state_dict(model)):
+        model.unload()
+        raise ModelError(f"the adapter in {folder} is not whole or of another base: {min(different)}")
+    return model
 
 
 def without_adapter(model: PeftModel) -> Module:
@@ -141,10 +151,6 @@ def _device(wanted: str) -> str:
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"model.device = {wanted!r}, but torch sees no GPU; set it to auto")
     return wanted
-
-
-def _tokenizer_folder(spec: ModelSpec) -> str:
-    return spec.path
 
 
 def _cpu_flags() -> set[str]:

@@ -4,6 +4,7 @@ The template is rendered once, around two placeholders; its fixed pieces are tok
 tokens, what users wrote without. So a question can say anything and stays a question.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -42,9 +43,14 @@ class Prompter:
         self.pieces = _pieces(self.tokenizer, template_encoder(backend), self.system_prompt)
 
     def prompt_ids(self, question: str, context: str = "") -> list[int]:
-        """Everything up to where the model answers. A context comes before the question."""
+        """Everything up to where the model answers. A context comes before the question.
+
+        Text beyond `max_tokens` is cut at its beginning, so that the question stays. Stored rows fit, as
+        intake measures them; what people ask need not.
+        """
         text = f"{context}\n\n{question}" if context else question
-        return [*self.pieces.before, *self._encode(text), *self.pieces.between]
+        room = max(self.max_tokens - self.template_tokens, 1)
+        return [*self.pieces.before, *self._encode(text)[-room:], *self.pieces.between]
 
     def answer_ids(self, answer: str) -> list[int]:
         """The answer and the token that ends it."""
@@ -80,7 +86,8 @@ class Prompter:
 def _pieces(tokenizer: PreTrainedTokenizerBase, encode: Encoder, system: str) -> Pieces:
     before, between, after = _split(_conversation(tokenizer, system))
     end = encode(after)
-    special = set(tokenizer.all_special_ids)
+    # Not all_special_ids: many a model's end of turn is special without being anybody's bos or eos.
+    special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
     stop = next((n for n, token in enumerate(end) if token in special), None)
     if stop is not None:
         end = end[: stop + 1]
@@ -95,15 +102,17 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, system: str) -> str:
     if not tokenizer.chat_template:
         bos = tokenizer.bos_token or ""
         told = f"{system}\n\n" if system else ""
-        return f"{bos}{told}Question: {_QUESTION}\nAnswer: {_ANSWER}{tokenizer.eos_token or ''}"
+        # Lines, not spaces: to most tokenizers a word and a word after a space are different tokens.
+        return f"{bos}{told}Question:\n{_QUESTION}\nAnswer:\n{_ANSWER}{tokenizer.eos_token or ''}"
     turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     if not system:
         return _render(tokenizer, turns)
-    try:
-        return _render(tokenizer, [{"role": "system", "content": system}, *turns])
-    except Exception:  # templates refuse roles in their own words; then the system prompt leads the question
-        turns[0]["content"] = f"{system}\n\n{_QUESTION}"
-        return _render(tokenizer, turns)
+    with contextlib.suppress(Exception):  # templates refuse roles in their own words
+        text = _render(tokenizer, [{"role": "system", "content": system}, *turns])
+        if system.strip() in text:  # some say nothing and leave it out
+            return text
+    turns[0]["content"] = f"{system}\n\n{_QUESTION}"
+    return _render(tokenizer, turns)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:

@@ -4,6 +4,10 @@
 the child process, so that a test pays the imports once.
 """
 
+import atexit
+import functools
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -146,10 +150,21 @@ def make_bot(home: Path, base: Path | None = None, **overrides: object) -> Bot:
     home.mkdir(parents=True, exist_ok=True)
     settings = config.load(write_config(home, base or tiny_base(home / "base"), **overrides))
     settings.state_dir.mkdir(mode=0o700, exist_ok=True)
+    if not (settings.state_dir / "mlflow.db").exists():
+        shutil.copy(fresh_mlflow(), settings.state_dir / "mlflow.db")
     clock = Clock()
     store = Store.open(settings.store_path, clock=clock)
     registry = open_registry(settings)
     return Bot(home=home, settings=settings, clock=clock, executor=InlineExecutor(), store=store, registry=registry)
+
+
+@functools.cache
+def fresh_mlflow() -> Path:
+    """An MLflow database as MLflow makes it: its migrations take seconds, so they run once."""
+    folder = Path(tempfile.mkdtemp(prefix="holdfast-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    Registry(f"sqlite:///{folder / 'mlflow.db'}", "template", folder, Path("unused")).check()
+    return folder / "mlflow.db"
 
 
 def open_registry(settings: Settings) -> Registry:

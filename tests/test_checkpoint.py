@@ -27,7 +27,9 @@ def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
     lora = LoraSpec(rank=2, alpha=4, dropout=0.3)
     first = snapshot(home / "first", lesson("a", 8))
     run(job(base, first, home / "one", strategy=strategy, lora=lora))
-    second = snapshot(home / "second", lesson("b", 8), lesson("b", 6, split="validation", start=40), lesson("a", 8))
+    second = snapshot(
+        home / "second", lesson("b", 8), lesson("b", 6, split="validation", start=40), lesson("a", 8)
+    )
     spec = replace(SPEC, epochs=3, accumulation=2, batch_size=2, patience=2)
     asked = job(base, second, home / "two", home / "one", strategy=strategy, lora=lora, train=spec)
     run(asked)
@@ -44,11 +46,11 @@ def assert_same(one: TrainJob, other: TrainJob) -> None:
 
 
 def test_interrupted_anywhere_it_ends_in_the_same_adapter(whole: TrainJob, tmp_path: Path) -> None:
-    """Stopped after every third question, so between steps, in validations, and in the Fisher estimate."""
+    """Stopped every few questions, so between steps, in validations, and in the Fisher estimate."""
     asked, interruptions = again(whole, tmp_path), 0
     while True:
         try:
-            report = train(asked, lambda progress: None, StopAfter(3))
+            report = train(asked, lambda progress: None, StopAfter(3 + interruptions // 3))
             break
         except Interrupted:
             interruptions += 1
@@ -80,7 +82,9 @@ def test_killed_in_a_step_it_ends_in_the_same_adapter(whole: TrainJob, tmp_path:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "gone", "nonsense"])
-def test_a_damaged_checkpoint_is_discarded_and_that_is_said(whole: TrainJob, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_discarded_and_that_is_said(
+    whole: TrainJob, tmp_path: Path, damage: str
+) -> None:
     asked = again(whole, tmp_path)
     with pytest.raises(Interrupted):
         train(asked, lambda progress: None, StopAfter(4))

@@ -38,7 +38,9 @@ def test_every_row_is_learned_once_an_epoch_and_steps_hold_so_many_passes() -> N
     loader = Loader(examples(21), batch_size=2, accumulation=3, seed=0)
     for epoch in range(3):
         steps = loader.steps(epoch)
-        assert sorted(row.row_hash for step in steps for row in step.rows) == sorted(str(n) for n in range(21))
+        assert sorted(row.row_hash for step in steps for row in step.rows) == sorted(
+            str(n) for n in range(21)
+        )
         assert len(steps) == 4
         assert sorted(len(step.passes) for step in steps) == [2, 3, 3, 3]
     assert loader.steps(0) == loader.steps(0)

@@ -44,6 +44,7 @@ NAIVE = {"bot.name": "quillmoor-naive", "strategy.name": "naive", **stream.OPEN_
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console()
+    stream.end_on_sigterm()
     try:
         _run(console, options.dir.resolve(), dict(map(stream.parse_change, options.set)), keep=options.keep)
     except HoldfastError as error:

@@ -25,9 +25,9 @@ EXPLAINED = {
 def introduction(folder: Path, days: Sequence[Sequence[Row]]) -> RenderableType:
     departments = ", ".join(rows[0].task for rows in days)
     return Text(
-        "\nQuillmoor builds folding kayaks and does not exist. Its bot learns the FAQ of one department\n"
-        f"a day: {departments}. Of each question, three phrasings are never learned, only asked.\n"
-        f"Everything that happens lies in {near(folder)}/; the daemon's log is {near(folder)}/daemon.log.\n"
+        "\nQuillmoor builds folding kayaks and does not exist. Its bot learns the FAQ of one department a day: "
+        f"{departments}. Of each question, three phrasings are never learned, only asked. "
+        f"Everything lies in {near(folder)}/; what the daemon says is in {near(folder)}/daemon.log.\n"
     )
 
 
