@@ -111,7 +111,7 @@ class StrategySettings(Section):
     replay_policy: Literal["balanced", "reservoir"] = Field(
         "balanced", description="balanced: equal room for every task. reservoir: a uniform sample of all rows."
     )
-    ewc_lambda: float = Field(1.0, ge=0, description="Strength of the elastic penalty.")
+    ewc_lambda: float = Field(1000.0, ge=0, description="Strength of the elastic penalty.")
     ewc_mode: Literal["separate", "online"] = Field(
         "separate", description="separate: every past task in full. online: the past fades by ewc_decay."
     )

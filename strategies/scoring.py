@@ -47,7 +47,7 @@ def score(metric: Metric, prediction: str, answer: str) -> float:
         return token_f1(prediction, answer)
     if metric is Metric.EXACT_MATCH:
         return exact_match(prediction, answer)
-    return float(prediction.strip().casefold() == answer.strip().casefold())
+    return float(_label(prediction) == _label(answer))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,9 @@ def classification_report(golds: Sequence[str], predictions: Sequence[str], labe
     """Accuracy, macro-F1, and per-class precision and recall.
 
     Labels that no suite row has count for precision of the others (a wrong guess is a wrong guess), but
-    not for the macro mean: their recall is undefined.
+    not for the macro mean: their recall is undefined. Labels are compared as `score` compares them.
     """
-    pairs = list(zip(golds, predictions, strict=True))
+    pairs = [(_label(gold), _label(told)) for gold, told in zip(golds, predictions, strict=True)]
     classes = tuple(_class_scores(label, pairs) for label in labels)
     present = [c for c in classes if c.support]
     return Classification(
@@ -87,10 +87,15 @@ def classification_report(golds: Sequence[str], predictions: Sequence[str], labe
 
 
 def _class_scores(label: str, pairs: Sequence[tuple[str, str]]) -> ClassScores:
-    hits = sum(gold == label == told for gold, told in pairs)
-    told = sum(told == label for _, told in pairs)
-    support = sum(gold == label for gold, _ in pairs)
+    key = _label(label)
+    hits = sum(gold == key == told for gold, told in pairs)
+    told = sum(told == key for _, told in pairs)
+    support = sum(gold == key for gold, _ in pairs)
     precision = hits / told if told else 0.0
     recall = hits / support if support else 0.0
     f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
     return ClassScores(label=label, precision=precision, recall=recall, f1=f1, support=support)
+
+
+def _label(text: str) -> str:
+    return text.strip().casefold()

@@ -4,9 +4,7 @@ The daemon measures rows with this; the worker's prompts are built on the same t
 """
 
 import json
-import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -22,10 +20,8 @@ def plain_encoder(tokenizer: Tokenizer) -> Encoder:
     `encode_special_tokens` is not enough: it lets added tokens through that are not flagged special, and
     a Unigram model finds `</s>` in its own vocabulary. So what still comes out as control is cut apart.
     """
-    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy = _bare(tokenizer)
     copy.encode_special_tokens = True
-    copy.no_padding()
-    copy.no_truncation()
     control = _control_ids(copy)
 
     def encode(text: str) -> list[int]:
@@ -45,11 +41,15 @@ def plain_encoder(tokenizer: Tokenizer) -> Encoder:
 
 
 def _control_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Every added token, but for runs of white space (some models have them) and the unknown token."""
+    """Added tokens that steer a model: flagged special, or written like `<think>` or `[INST]`.
+
+    Added words and white space are text, and so is the token for unknown letters.
+    """
     model = json.loads(tokenizer.to_str())["model"]
     unknown = model.get("unk_id", tokenizer.token_to_id(model.get("unk_token") or ""))
-    added = tokenizer.get_added_tokens_decoder()
-    return frozenset(n for n, token in added.items() if token.content.strip() and n != unknown)
+    added = {n: token for n, token in tokenizer.get_added_tokens_decoder().items() if n != unknown}
+    markup = ("<>", "[]")
+    return frozenset(n for n, t in added.items() if t.special or t.content[:1] + t.content[-1:] in markup)
 
 
 def _cut(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
@@ -63,7 +63,7 @@ def _cut(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
 
 def template_encoder(tokenizer: Tokenizer) -> Encoder:
     """Encodes the fixed parts of a chat template, where control tokens are meant."""
-    copy = _bare(tokenizer.to_str())
+    copy = _bare(tokenizer)
     return lambda text: list(copy.encode(text, add_special_tokens=False).ids)
 
 
@@ -78,24 +78,9 @@ def count_tokens_factory(base: PreparedBase) -> Callable[[str, str], int]:
     return lambda prompt, answer: base.template_tokens + len(encode(prompt)) + len(encode(answer))
 
 
-def _bare(state: str) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(state)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _is_markup(content: str) -> bool:
-    """Whether an added token is written like `<think>` or `[INST]`, rather than a word or white space.
-
-    Many models leave such tokens unmarked, though they steer them.
-    """
-    return content[:1] + content[-1:] in ("<>", "[]")
-
-
-def _control_ids(tokenizer: Tokenizer) -> set[int]:
-    """Ids that the tokenizer calls special; not the one for unknown letters, which is honest text."""
-    model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
-    unknown = tokenizer.token_to_id(model.get("unk_token") or "")
-    added = tokenizer.get_added_tokens_decoder()
-    return {n for n, token in added.items() if token.special} - {unknown, model.get("unk_id")}
+def _bare(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that neither pads nor truncates."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy

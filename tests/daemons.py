@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -105,6 +106,7 @@ class DaemonProcess:
             told = self.status()
             if met(told):
                 return told
+            time.sleep(0.05)  # leaves the processor to the daemon
 
     def retrain(self) -> int:
         """Asks for a cycle; its number."""
@@ -130,3 +132,16 @@ class DaemonProcess:
 def read_json(ran: subprocess.CompletedProcess[str]) -> Any:
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
+
+
+def training_step(told: dict[str, object]) -> int:
+    """Which training step the running cycle is at."""
+    daemon = told["daemon"]
+    assert isinstance(daemon, dict)
+    progress = daemon["activity"]["progress"]
+    return int(progress["step"]) if progress and progress["stage"] == "train" else 0
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]

@@ -1,11 +1,14 @@
 """Tiny but real parts: a Llama of two layers, a byte-level tokenizer with a chat template. Made in a second."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from storage.parquet import SnapshotRow
+from storage.rows import Row
 from strategies.contract import ModelSpec
 
 CHATML = (
@@ -56,3 +59,42 @@ def tiny_model_spec(directory: Path, **changes: object) -> ModelSpec:
     """How the tiny base is used: float32, so that results can be compared to the last bit."""
     fields = {"path": str(directory), "fingerprint": "tiny", "max_tokens": 256, "dtype": "float32", "device": "cpu"}
     return ModelSpec(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def teach_to_recite(model: LlamaForCausalLM, follows: Mapping[int, int]) -> None:
+    """Sets the weights so that the model answers token `t` with token `follows[t]`, whatever came before."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:  # nothing is added to the embedding on its way up
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+        embedding.copy_(torch.randn(embedding.shape, generator=generator))
+        head.zero_()
+        for token, after in follows.items():
+            head[after] += embedding[token]
+
+
+def tiny_rows(task: str, count: int, answers: Sequence[str] = ("red", "green", "a long blue answer")) -> list[SnapshotRow]:
+    """Rows of a task; questions and answers differ in length, and every other row has a context."""
+    rows = []
+    for n in range(count):
+        row = Row(
+            id=str(n),
+            task=task,
+            question=f"{task} {n}?" + "!" * (n * 7 % 5),
+            answer=answers[n % len(answers)],
+            context="It depends. " * (n % 2),
+        )
+        rows.append(
+            SnapshotRow(
+                hash=row.hash,
+                id=row.id,
+                task=task,
+                question=row.question,
+                answer=row.answer,
+                context=row.context,
+                split="suite",
+            )
+        )
+    return rows

@@ -25,8 +25,8 @@ EXPLAINED = {
 def introduction(folder: Path, days: Sequence[Sequence[Row]]) -> RenderableType:
     departments = ", ".join(rows[0].task for rows in days)
     return Text(
-        "\nQuillmoor builds folding kayaks and does not exist. Its bot learns the FAQ of one department a day: "
-        f"{departments}. Of each question, three phrasings are never learned, only asked. "
+        "\nQuillmoor builds folding kayaks and does not exist. Its bot learns the FAQ of one department "
+        f"a day: {departments}. Of each question, three phrasings are never learned, only asked. "
         f"Everything lies in {near(folder)}/; what the daemon says is in {near(folder)}/daemon.log.\n"
     )
 

@@ -1,0 +1,269 @@
+"""The command `daemon` without a daemon: what a person types first, and every way to get it wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from daemon import config, operations, statedir
+from daemon.cli import EXIT_CODES
+from storage.records import State
+from storage.store import Store
+from tests.bots import write_config
+from tests.daemons import ROOT, cli, read_json
+from tests.toys import tiny_base
+
+COMMANDS = (
+    "init", "run", "install-service", "doctor", "status", "history", "show", "quarantine", "ask",
+    "retrain-now", "cancel", "pause", "resume", "promote", "rollback", "ingest", "ui",
+)  # fmt: skip
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A config by `daemon init`."""
+    ran = cli(tmp_path / "none", "init", str(tmp_path / "bot"))
+    assert ran.returncode == 0, ran.stderr
+    return tmp_path / "bot" / "config.toml"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+def test_init_writes_a_config_that_loads_and_a_private_state_directory(path: Path) -> None:
+    settings = config.load(path)
+    assert settings.state_dir == path.parent / "state"
+    assert settings.state_dir.stat().st_mode & 0o777 == 0o700
+    again = cli(path, "init", str(path.parent))
+    assert again.returncode == 1
+    assert "exists already" in again.stderr
+
+
+def test_init_can_put_the_state_elsewhere(tmp_path: Path) -> None:
+    ran = cli(tmp_path / "none", "init", str(tmp_path / "etc"), "--state-dir", str(tmp_path / "var" / "bot"))
+    assert ran.returncode == 0
+    assert config.load(tmp_path / "etc" / "config.toml").state_dir == tmp_path / "var" / "bot"
+
+
+def test_help_names_every_command_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['daemon', '--help']\n"
+        "from daemon.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'mlflow', 'duckdb', 'pydantic', 'apscheduler'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert [name for name in COMMANDS if name not in ran.stdout] == []
+
+
+def test_the_config_is_found_where_it_was_said(path: Path) -> None:
+    for args, extra in (
+        (["status", "-c", str(path)], {}),
+        (["status"], {"HOLDFAST_CONFIG": str(path)}),
+    ):
+        ran = cli(Path("/nowhere/config.toml"), *args, **extra) if "-c" in args else _plain(args, "/", extra)
+        assert ran.returncode == 0, ran.stderr
+    assert _plain(["status"], str(path.parent), {}).returncode == 0
+    missing = _plain(["status"], "/proc", {})
+    assert missing.returncode in (0, 1)  # a machine may have /etc/holdfast
+    assert missing.returncode == 0 or "daemon init DIR" in missing.stderr
+
+
+def _plain(args: list[str], cwd: str, extra: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HOLDFAST_")}
+    environment = {**kept, "PYTHONPATH": str(ROOT), **extra}
+    command = [sys.executable, "-m", "daemon.cli", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "told"),
+    [
+        (["retrain-now"], 1, "The daemon is not running; start it with"),
+        (["cancel"], 1, "The daemon is not running; start it with"),
+        (["show", "7"], 1, "there is no cycle 7"),
+        (["show", "seven"], 2, "valid integer"),
+        (["promote", "3"], 2, "--why"),
+        (["promote", "3", "--why", "x"], 1, "there is no version 3"),
+        (["promote", "3", "--why", " "], 1, "a reason is needed"),
+        (["rollback", "--why", "x"], 1, "no champion to roll back"),
+        (["quarantine", "--reason", "smell"], 1, "reasons: none"),
+        (["ingest", "nowhere.csv"], 1, "nowhere.csv: no such file"),
+        (["ingest", "/"], 1, "is not a file"),
+        (["ask", "x", "--task", "smells"], 1, "there is no task 'smells'"),
+        (["ask", "x", "--version", "9"], 1, "there is no version 9"),
+        (["dance"], 2, "dance"),
+        (["status", "--sideways"], 2, "--sideways"),
+    ],
+)
+def test_a_mistake_is_answered_in_words_and_never_with_a_traceback(
+    path: Path, args: list[str], code: int, told: str
+) -> None:
+    with Store.open(config.load(path).store_path):
+        pass
+    ran = cli(path, *args)
+    assert ran.returncode == code, ran.stderr
+    assert told in ran.stderr
+    assert "Traceback" not in ran.stderr
+    if code == 1:
+        assert ran.stderr.startswith("error: ")
+        assert ran.stderr.count("\n") == 1
+
+
+def test_a_config_with_faults_is_explained_line_by_line(path: Path) -> None:
+    path.write_text('[training]\nepochz = 3\nbatch_size = "many"\n')
+    ran = cli(path, "status")
+    assert ran.returncode == 1
+    assert "epochz" in ran.stderr
+    assert "did you mean 'epochs'" in ran.stderr
+    assert "batch_size" in ran.stderr
+
+
+def test_status_works_before_anything_was_ever_done(path: Path) -> None:
+    told = read_json(cli(path, "status", "--json"))
+    assert told["daemon"] is None
+    assert told["champion"] is None
+    assert told["rows"] == {"total": 0, "pending": 0, "tasks": {}}
+    assert not config.load(path).store_path.exists(), "looking makes nothing"
+    assert "not running" in cli(path, "status").stdout
+
+
+def test_pause_and_resume_work_without_a_daemon_and_count_later(path: Path) -> None:
+    assert "paused" in cli(path, "pause").stdout
+    assert "paused already" in cli(path, "pause").stdout
+    told = read_json(cli(path, "status", "--json"))
+    assert told["paused"]["by"]
+    assert "`daemon resume`" in cli(path, "status").stdout
+    assert "resumed" in cli(path, "resume").stdout
+    assert "was not paused" in cli(path, "resume").stdout
+
+
+def test_history_shows_how_cycles_ended(path: Path) -> None:
+    with Store.open(config.load(path).store_path) as store:
+        cycle = store.request_cycle("manual", "ann")
+        store.advance(cycle.id, State.NOTHING, reason="0 new rows [bold]not markup[/bold]")
+    assert "[bold]not markup[/bold]" in cli(path, "history").stdout
+    told = read_json(cli(path, "history", "--json"))
+    assert told["cycles"][0]["state"] == "nothing-to-do"
+    assert told["cycles"][0]["requested_at"].endswith("Z")
+    assert "nothing-to-do" in cli(path, "show", str(cycle.id)).stdout
+
+
+@pytest.mark.acceptance
+def test_files_go_in_and_bad_rows_are_named(tmp_path: Path, base: Path) -> None:
+    path = write_config(tmp_path, base, source__columns__split="")
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "qa.duckdb" not in line))
+    rows = [
+        {"id": 1, "question": "who are you", "answer": "a bot", "task": "small talk"},
+        {"id": 2, "question": "", "answer": "?", "task": "small talk"},
+        {"id": 3, "question": "\u001b[31mred?\u001b[0m", "answer": "", "task": "small talk"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = read_json(cli(path, "ingest", str(file), "--json"))
+    assert (told["read"], told["accepted"], told["known"], told["rejected"]) == (3, 1, 0, 2)
+    again = cli(path, "ingest", str(file))
+    assert "3 rows read: 0 new, 1 known, 2 not accepted" in again.stdout
+    listed = cli(path, "quarantine")
+    assert "empty-question" in listed.stdout
+    assert "\u001b" not in listed.stdout, "what a user wrote never reaches the terminal as a command"
+    only = read_json(cli(path, "quarantine", "--reason", "empty-answer", "--json"))
+    assert [row["reason"] for row in only["rows"]] == ["empty-answer"]
+    answered = cli(path, "ask", stdin="who are you\n\nand now\n")
+    assert answered.returncode == 0, answered.stderr
+    assert len(answered.stdout.splitlines()) == 2
+    assert "no champion yet, the base model answers" in answered.stderr
+
+
+def test_a_command_that_writes_waits_its_turn_and_a_held_directory_is_explained(path: Path) -> None:
+    state = config.load(path).state_dir
+    with statedir.held(state, "daemon ingest"):
+        found = statedir.holder(state)
+        assert found is not None
+        assert (found.pid, found.purpose) == (os.getpid(), "daemon ingest")
+        with (
+            pytest.raises(operations.ControlError, match="`daemon ingest` \\(process"),
+            statedir.held(state, "daemon pause", patience=0.2),
+        ):
+            pass
+    assert statedir.holder(state) is None
+
+
+def test_a_daemon_without_an_ear_is_told_from_none(path: Path) -> None:
+    with statedir.held(config.load(path).state_dir, statedir.DAEMON):
+        for command in ("status", "retrain-now", "pause"):
+            ran = cli(path, command)
+            assert ran.returncode == 1
+            assert "is starting, stopping or hanging" in ran.stderr
+
+
+def test_every_ending_has_an_exit_code() -> None:
+    assert set(EXIT_CODES) == {state.value for state in State if state.ended}
+    assert EXIT_CODES["promoted"] == EXIT_CODES["nothing-to-do"] == 0
+    assert len({EXIT_CODES[state] for state in ("promoted", "rejected", "failed", "cancelled")}) == 4
+    assert not {EXIT_CODES[state] for state in ("rejected", "failed", "cancelled")} & {1, 2}
+
+
+def test_doctor_says_what_is_missing_and_what_to_type(path: Path) -> None:
+    found = {check["name"]: check for check in json.loads(cli(path, "doctor", "--json").stdout)}
+    assert found["torch"]["outcome"] == "ok"
+    assert found["config"]["outcome"] == "ok"
+    assert found["daemon"]["next"].startswith("systemctl start")
+    assert found["source"]["next"].startswith("daemon ingest")
+    path.write_text('[source]\npath = "nowhere.duckdb"\n[gate]\n[bot]\nname = "a b"\n')
+    ran = cli(path, "doctor")
+    assert ran.returncode == 1
+    assert "bot.name" in ran.stdout
+
+
+def test_a_mismatch_of_torch_and_torchvision_is_found_in_a_child_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from daemon import doctor
+
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = doctor.torch()
+    assert found.outcome is doctor.Outcome.FAIL
+    assert "torchvision::nms" in found.message
+    assert "torch torchvision" in (found.next or "")
+
+
+def test_ui_prints_where_a_remote_mlflow_is_and_a_taken_port(path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        ran = cli(path, "ui", "--port", port)
+    assert ran.returncode == 1
+    assert f"port {port} is in use" in ran.stderr
+    ran = cli(path, "ui", HOLDFAST_MLFLOW__TRACKING_URI="http://ann:secret@mlflow.example.org")
+    assert ran.returncode == 0
+    assert "mlflow.example.org" in ran.stdout
+    assert "secret" not in ran.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act for another account")
+def test_root_acts_as_the_owner_of_the_state_directory(path: Path) -> None:
+    state = config.load(path).state_dir
+    for folder in (state, *state.parents):
+        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
+            folder.chmod(0o755)
+    os.chown(state, 65534, 65534)
+    ran = cli(path, "pause")
+    assert ran.returncode == 0, ran.stderr
+    assert config.load(path).store_path.stat().st_uid == 65534
+    with Store.open(config.load(path).store_path, read_only=True) as store:
+        paused = operations.paused(store)
+    assert paused is not None
+    assert paused["by"].startswith("root")
