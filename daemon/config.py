@@ -35,7 +35,9 @@ class Bot(Section):
     """The bot that is trained."""
 
     name: str = Field(
-        "qa-bot", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$", description="Experiment and model name in MLflow."
+        "qa-bot",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
+        description="Experiment and model name in MLflow.",
     )
     state_dir: Path = Field(
         Path("state"),
@@ -56,15 +58,15 @@ class Model(Section):
         description='System message put before every question; "" leaves it to the chat template.',
     )
     max_tokens: int = Field(
-        384, ge=16, description="Tokens a question and its answer may take together; longer rows are quarantined."
+        384,
+        ge=16,
+        description="Tokens a question and its answer may take together; longer rows are quarantined.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Number format of the arithmetic. auto: bfloat16 where the hardware has it, else float32.",
+        description="Number format. auto: bfloat16 where the hardware has it, else float32.",
     )
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N."
-    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
 
 
 class Lora(Section):
@@ -79,7 +81,9 @@ class Lora(Section):
 class Training(Section):
     """How the new rows of one cycle are learned."""
 
-    min_rows: Positive = Field(8, description="Fewer new training rows than this: the cycle has nothing to do.")
+    min_rows: Positive = Field(
+        8, description="Fewer new training rows than this: the cycle has nothing to do."
+    )
     learning_rate: float = Field(5e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
     epochs: Positive = Field(4, description="Passes over the new rows, at most.")
     batch_size: Positive = Field(8, description="Rows in one forward pass.")
@@ -109,7 +113,8 @@ class StrategySettings(Section):
         0.5, ge=0, le=10, description="Replayed rows for each new row, in every epoch. Costs as much time."
     )
     replay_policy: Literal["balanced", "reservoir"] = Field(
-        "balanced", description="balanced: equal room for every task. reservoir: a uniform sample of all rows."
+        "balanced",
+        description="balanced: equal room for every task. reservoir: a uniform sample of all rows.",
     )
     ewc_lambda: float = Field(1000.0, ge=0, description="Strength of the elastic penalty.")
     ewc_mode: Literal["separate", "online"] = Field(
@@ -128,7 +133,9 @@ class StrategySettings(Section):
         methods = [] if value == "naive" else value.split("+")
         for method in methods:
             if method not in METHODS:
-                raise ValueError(f"unknown method {method!r}; choose naive or join some of {', '.join(METHODS)} with +")
+                raise ValueError(
+                    f"unknown method {method!r}; choose naive or join some of {', '.join(METHODS)} with +"
+                )
         if len(set(methods)) != len(methods):
             raise ValueError("names a method twice")
         return value
@@ -143,9 +150,12 @@ class Columns(Section):
     task: str = Field("task", description='Name of the skill; "": every row belongs to source.default_task.')
     context: str = Field("", description="Text that the question is about. Optional.")
     created_at: str = Field(
-        "", description="Timestamp; lets a pull read only what is new. Optional: without it all rows are compared."
+        "",
+        description="Timestamp; with it a pull reads only what is new. Optional: else all rows are compared.",
     )
-    split: str = Field("", description="train, validation or suite. Optional: without it the content decides.")
+    split: str = Field(
+        "", description="train, validation or suite. Optional: without it the content decides."
+    )
 
 
 class Source(Section):
@@ -172,7 +182,9 @@ class Splits(Section):
     @model_validator(mode="after")
     def _sum(self) -> "Splits":
         if self.validation + self.suite >= 0.9:
-            raise ValueError(f"validation + suite is {self.validation + self.suite:g}; leave at least 0.1 to train on")
+            raise ValueError(
+                f"validation + suite is {self.validation + self.suite:g}; leave at least 0.1 to train on"
+            )
         return self
 
 
@@ -188,13 +200,16 @@ class Evaluation(Section):
 
 
 class Gate(Section):
-    """What a candidate must show before it replaces the champion. Without max_drop and min_gain: no promotion."""
+    """What a candidate must show to replace the champion. Without max_drop and min_gain: no promotion."""
 
     max_drop: float | None = Field(
         None, ge=0, le=1, description="Largest drop of any suite against the champion (0.03 is 3 points)."
     )
     min_gain: float | None = Field(
-        None, ge=-1, le=1, description="Smallest mean gain on the tasks of the new rows, against the champion."
+        None,
+        ge=-1,
+        le=1,
+        description="Smallest mean gain on the tasks of the new rows, against the champion.",
     )
     min_suite_rows: Positive = Field(8, description="Suites with fewer rows have no say, and are named.")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of the paired bootstrap intervals.")
@@ -209,7 +224,7 @@ class Schedule(Section):
 
     cron: str = Field(
         "30 2 * * *",
-        description='Five cron fields: minute, hour, day, month, day of week (names, or 0-7 with Sunday 0 and 7). '
+        description="Five cron fields: minute, hour, day, month, weekday (names, or 0-7 with Sunday 0 and 7). "
         '"": only by hand.',
     )
     timezone: str = Field("UTC", description="IANA name, for instance Europe/Madrid.")
@@ -235,7 +250,9 @@ class Mlflow(Section):
 class TaskOverride(Section):
     """Optional, one table a task: [tasks.NAME]. What is unset is inferred from the rows."""
 
-    kind: Literal["free", "labels"] | None = Field(None, description="free text, or one of a closed set of labels.")
+    kind: Literal["free", "labels"] | None = Field(
+        None, description="free text, or one of a closed set of labels."
+    )
     metric: Literal["exact_match", "token_f1", "accuracy"] | None = Field(
         None, description="What the gate compares."
     )
@@ -298,7 +315,9 @@ def load(path: Path) -> Settings:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"there is no config file at {path}; make one with `daemon init {path.parent}`") from None
+        raise ConfigError(
+            f"there is no config file at {path}; make one with `daemon init {path.parent}`"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config file {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
@@ -308,7 +327,9 @@ def load(path: Path) -> Settings:
         settings = Settings(**values)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
-        raise ConfigError(f"{path}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise ConfigError(
+            f"{path}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)
+        ) from None
     return _absolute(settings, path.resolve().parent)
 
 
@@ -346,7 +367,7 @@ def _render_section(name: str, section: type[BaseModel]) -> list[str]:
             tables += _render_section(f"{name}.{key}", field.annotation)
             continue
         value = STARTING_VALUES.get(f"{name}.{key}", field.get_default(call_default_factory=True))
-        shown = f'{key} = {_toml(value)}' if value is not None else f'# {key} = "..."'
+        shown = f"{key} = {_toml(value)}" if value is not None else f'# {key} = "..."'
         lines += [f"# {field.description}", shown]
     return lines + tables
 
@@ -366,7 +387,9 @@ def _absolute(settings: Settings, home: Path) -> Settings:
     if not base.startswith("package:") and local.exists():
         base = str(local)
     elif base.endswith(".gguf") or base.startswith(("/", "./", "../", "~")):
-        raise ConfigError(f'model.base = "{base}": no such file or folder; correct the path, or use a hub name')
+        raise ConfigError(
+            f'model.base = "{base}": no such file or folder; correct the path, or use a hub name'
+        )
     model = settings.model.model_copy(update={"base": base})
     return settings.model_copy(update={"bot": bot, "source": source, "model": model})
 

@@ -84,7 +84,9 @@ class CycleRunner:
         except HoldfastError as error:
             cycle = self._fail(cycle_id, str(error))
         except OSError as error:
-            cycle = self._fail(cycle_id, f"{error}; free space or fix the permissions, then `daemon retrain-now`")
+            cycle = self._fail(
+                cycle_id, f"{error}; free space or fix the permissions, then `daemon retrain-now`"
+            )
         finally:
             self.executor.close()
         return cycle
@@ -141,7 +143,8 @@ class CycleRunner:
             strategy=specs.strategy,
         )
         report = self.executor.train(job, self._progress(cycle), stop)
-        told = f"{report.rows} rows in {report.steps} steps, {report.seconds:.0f} s, loss {report.final_loss:.4f}"
+        took = f"{report.steps} steps, {report.seconds:.0f} s"
+        told = f"{report.rows} rows in {took}, loss {report.final_loss:.4f}"
         log.info("trained: %s", told, extra=_action("trained", cycle))
         return self.store.advance(cycle.id, State.TRAINED, reason=told)
 
@@ -194,8 +197,7 @@ class CycleRunner:
         champion = self.store.model(cycle.parent) if cycle.parent is not None else None
         if champion is not None and champion.base != base.fingerprint:
             raise ConfigError(
-                f"model.base = {self.settings.model.base!r} is not the base that champion version {cycle.parent} was "
-                "trained on; set it back, or start a new bot with another bot.state_dir and bot.name"
+                f"model.base = {self.settings.model.base!r} is not the base of champion version {cycle.parent}; set it back, or start a new bot with another bot.state_dir and bot.name"
             )
 
     def _snapshot_of(self, cycle: Cycle) -> Path:
@@ -223,7 +225,6 @@ class CycleRunner:
         except HoldfastError as error:  # the store has the reason; MLflow's copy is a courtesy
             log.warning("could not log the failure to MLflow: %s", error, extra=_action("unlogged", cycle))
         return cycle
-
 
 
 def _waiting(stop: Stop) -> Callable[[float], None]:

@@ -63,15 +63,15 @@ def specs(snapshot_path: Path) -> Specs:
 
 
 def check_suites(store: Store, snapshot: Snapshot) -> None:
-    """Raises `IntegrityError` when a frozen suite, in the store or in the snapshot, is not what was frozen."""
+    """Raises `IntegrityError` when a suite, in the store or in the snapshot, is not what was frozen."""
     artifacts.verify(snapshot.path)
     for entry in snapshot.info["suites"]:
         rows = store.suite_rows(entry["task"], entry["version"])
         if snapshots.suite_hash(rows) != entry["hash"]:
             raise IntegrityError(
                 f"suite {entry['task']}@v{entry['version']} in the store is not the one that was frozen "
-                f"(hash {snapshots.suite_hash(rows)[:12]}, frozen as {entry['hash'][:12]}); restore the store from a "
-                "backup, then `daemon retrain-now`"
+                f"(hash {snapshots.suite_hash(rows)[:12]}, frozen as {entry['hash'][:12]}); restore the store "
+                "from a backup, then `daemon retrain-now`"
             )
 
 

@@ -5,6 +5,7 @@ only way to the worker: a snapshot directory goes in, a result directory comes o
 executor (several GPUs, another machine) can take its place. Never imports torch.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -135,7 +136,9 @@ class WorkerExecutor:
                     on_progress(Progress.from_dict(message["progress"]))
                 elif "interrupted" in message:
                     stop.check()
-                    raise WorkerError("the worker was stopped from outside; the cycle continues from its checkpoint")
+                    raise WorkerError(
+                        "the worker was stopped from outside; the cycle continues from its checkpoint"
+                    )
                 elif "error" in message:
                     raise _rebuild(message["error"])
             if stop.is_set():
@@ -193,10 +196,8 @@ class _Worker:
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()  # end of input: the worker exits at once
-        except BrokenPipeError:
-            pass
         try:
             self.process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:

@@ -15,7 +15,16 @@ from storage.records import Cycle, StoredRow, TaskRecord
 from storage.rows import Split
 from storage.snapshots import Snapshot
 from storage.store import Store
-from strategies.contract import LoraSpec, Metric, ModelSpec, PreparedBase, StrategySpec, Task, TaskKind, TrainSpec
+from strategies.contract import (
+    LoraSpec,
+    Metric,
+    ModelSpec,
+    PreparedBase,
+    StrategySpec,
+    Task,
+    TaskKind,
+    TrainSpec,
+)
 from strategies.replay_memory import memory_hashes
 
 # A task is a closed set of labels when its answers are few, short, and keep coming back.
@@ -122,8 +131,11 @@ def take_snapshot(
 ) -> tuple[Snapshot, list[tuple[str, str]]]:
     """Writes the cycle's snapshot; returns it and every (row hash, role) that the training will touch."""
     tasks = settle_tasks(store, settings)
-    memory = store.rows_by_hash(memory_hashes(parent_result(store, settings, cycle.parent) / "state")
-                                if cycle.parent is not None else [])
+    memory = store.rows_by_hash(
+        memory_hashes(parent_result(store, settings, cycle.parent) / "state")
+        if cycle.parent is not None
+        else []
+    )
     suites = {
         task: (suite.version, suite.hash, store.suite_rows(task, suite.version))
         for task, suite in sorted(store.latest_suites().items())
@@ -134,8 +146,11 @@ def take_snapshot(
         validation=experience.validation,
         memory=memory,
         suites=suites,
-        tasks=[{"name": t.name, "kind": t.kind.value, "metric": t.metric.value, "labels": list(t.labels)}
-               for t in tasks.values() if t.name in suites],
+        tasks=[
+            {"name": t.name, "kind": t.kind.value, "metric": t.metric.value, "labels": list(t.labels)}
+            for t in tasks.values()
+            if t.name in suites
+        ],
         meta={
             "cycle": cycle.id,
             "parent": cycle.parent,

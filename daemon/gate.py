@@ -131,7 +131,9 @@ def _judge_suite(suite: SuiteScores, limits: Thresholds, seed: int) -> SuiteVerd
     change = candidate - champion
     if rows < limits.min_suite_rows:
         finding = Finding.TOO_FEW_ROWS
-        reason = f"{suite.suite} has {rows} rows, fewer than gate.min_suite_rows = {limits.min_suite_rows}: no say"
+        reason = (
+            f"{suite.suite} has {rows} rows, fewer than gate.min_suite_rows = {limits.min_suite_rows}: no say"
+        )
     elif max(base, champion, candidate) == 0:
         finding = Finding.NO_SIGNAL
         reason = f"{suite.suite} gives no signal: base, champion and candidate all score 0 on {rows} rows"
@@ -159,7 +161,8 @@ def _weigh(
     change = candidate - champion
     told = (
         f"{name} went from {_points(champion)} to {_points(candidate)} "
-        f"({change * 100:+.1f}, {limits.confidence:.0%} interval {low * 100:+.1f} to {high * 100:+.1f}, {rows} rows)"
+        f"({change * 100:+.1f}, {limits.confidence:.0%} interval {low * 100:+.1f} to {high * 100:+.1f}, "
+        f"{rows} rows)"
     )
     if limits.max_drop is None or -change <= limits.max_drop + 1e-9:
         if low > 0:
@@ -187,7 +190,9 @@ def _missing_thresholds(limits: Thresholds) -> list[str]:
 
 def _too_small_gain(new: Sequence[SuiteVerdict], gain: float | None, limits: Thresholds) -> list[str]:
     if gain is None:
-        return ["no suite of the new rows' tasks can speak, so there is no evidence that anything was learned"]
+        return [
+            "no suite of the new rows' tasks can speak, so there is no evidence that anything was learned"
+        ]
     if limits.min_gain is None:
         return []
     # A champion at 99 points cannot gain 2: the room that is left is enough.
@@ -195,7 +200,8 @@ def _too_small_gain(new: Sequence[SuiteVerdict], gain: float | None, limits: Thr
     if gain >= min(limits.min_gain, room) - 1e-9:
         return []
     return [
-        f"the mean gain on the new tasks is {gain * 100:+.1f}, less than gate.min_gain = {_points(limits.min_gain)}"
+        f"the mean gain on the new tasks is {gain * 100:+.1f}, "
+        f"less than gate.min_gain = {_points(limits.min_gain)}"
     ]
 
 
@@ -206,7 +212,11 @@ def _summary(
         return f"rejected: {against[0]}" + (f" (and {len(against) - 1} more)" if len(against) > 1 else "")
     old = [s for s in speaking if not s.new]
     worst = min(old, key=lambda s: s.change, default=None)
-    kept = "no older task to forget" if worst is None else f"largest change on an older task {worst.change * 100:+.1f} ({worst.task})"
+    kept = (
+        "no older task to forget"
+        if worst is None
+        else f"largest change on an older task {worst.change * 100:+.1f} ({worst.task})"
+    )
     return f"passed: {(gain or 0) * 100:+.1f} on the new tasks, {kept}"
 
 

@@ -88,18 +88,21 @@ def cycle_report(store: Store, cycle_id: int) -> dict[str, Any]:
 def explain(report: dict[str, Any]) -> list[str]:
     """A cycle in sentences: what it learned, what became of the old tasks, and why it ended as it did."""
     cycle, rows, verdict = report["cycle"], report["rows"], report["verdict"]
-    lines = [f"Cycle {cycle['id']} is {cycle['state']}" + (f": {cycle['reason']}" if cycle["reason"] else ".")]
+    lines = [
+        f"Cycle {cycle['id']} is {cycle['state']}" + (f": {cycle['reason']}" if cycle["reason"] else ".")
+    ]
     if rows["train"]:
         start = "the base model" if cycle["parent"] is None else f"version {cycle['parent']}"
         replayed = f", with {rows['replay']} remembered rows to replay" if rows["replay"] else ""
         lines.append(f"It learned {rows['train']} new rows on top of {start}{replayed}.")
     if verdict:
-        for suite in verdict["suites"]:
-            lines.append(f"  {'new' if suite['new'] else 'old'}  {suite['reason']}")
+        lines += [f"  {'new' if s['new'] else 'old'}  {s['reason']}" for s in verdict["suites"]]
         if not verdict["passed"]:
             lines += [f"  against: {reason}" for reason in verdict["reasons"]]
     if report["metrics"]:
-        told = ", ".join(f"{name.replace('_', ' ')} {value * 100:.1f}" for name, value in report["metrics"].items())
+        told = ", ".join(
+            f"{name.replace('_', ' ')} {value * 100:.1f}" for name, value in report["metrics"].items()
+        )
         lines.append(f"Over all tasks: {told}.")
     return lines
 
@@ -155,4 +158,6 @@ def _base_key(scores: list[Score]) -> str:
 
 def _plain(value: Any) -> Any:
     """JSON types only: times as ISO text, tuples as lists."""
-    return json.loads(json.dumps(value, default=lambda v: v.isoformat() + "Z" if hasattr(v, "isoformat") else str(v)))
+    return json.loads(
+        json.dumps(value, default=lambda v: v.isoformat() + "Z" if hasattr(v, "isoformat") else str(v))
+    )

@@ -29,9 +29,7 @@ def backward_transfer(matrix: Matrix, learned_at: Sequence[int]) -> float | None
     Over tasks learned before the last row; ACC = LA + (T−1)/T · BWT when each row brings one task.
     """
     last = len(matrix) - 1
-    return _mean(
-        _minus(matrix[last][j], matrix[row][j]) for j, row in enumerate(learned_at) if row < last
-    )
+    return _mean(_minus(matrix[last][j], matrix[row][j]) for j, row in enumerate(learned_at) if row < last)
 
 
 def forgetting(matrix: Matrix, learned_at: Sequence[int]) -> float | None:
@@ -53,9 +51,7 @@ def forward_transfer(matrix: Matrix, learned_at: Sequence[int]) -> float | None:
 
     GEM takes b from a random initialisation; here it is the base model's zero-shot score, row 0.
     """
-    return _mean(
-        _minus(matrix[row - 1][j], matrix[0][j]) for j, row in enumerate(learned_at) if row >= 2
-    )
+    return _mean(_minus(matrix[row - 1][j], matrix[0][j]) for j, row in enumerate(learned_at) if row >= 2)
 
 
 def intransigence(matrix: Matrix, learned_at: Sequence[int], joint: Sequence[float]) -> float | None:

@@ -155,7 +155,9 @@ def make_bot(home: Path, base: Path | None = None, **overrides: object) -> Bot:
     clock = Clock()
     store = Store.open(settings.store_path, clock=clock)
     registry = open_registry(settings)
-    return Bot(home=home, settings=settings, clock=clock, executor=InlineExecutor(), store=store, registry=registry)
+    return Bot(
+        home=home, settings=settings, clock=clock, executor=InlineExecutor(), store=store, registry=registry
+    )
 
 
 @functools.cache
@@ -180,7 +182,9 @@ def collect(path: Path, rows: Iterable[tuple[str, str, str, str, str]]) -> None:
         connection.executemany("INSERT INTO qa VALUES (?, ?, ?, ?, ?)", list(rows))
 
 
-def lesson(task: str, answers: tuple[str, ...] = COLOURS, train: int = 16, suite: int = 8) -> list[tuple[str, str, str, str, str]]:
+def lesson(
+    task: str, answers: tuple[str, ...] = COLOURS, train: int = 16, suite: int = 8
+) -> list[tuple[str, str, str, str, str]]:
     """A little closed-label task: which answer belongs to which numbered thing of the task."""
     splits = ["train"] * train + ["validation"] * 4 + ["suite"] * suite
     return [

@@ -1,11 +1,10 @@
-"""kill -9, at every state, of the daemon and of the worker: what is found afterwards is what a calm run leaves."""
+"""kill -9 of the daemon and the worker, at every state: afterwards all is as a calm run leaves it."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,9 +41,9 @@ def calm(tmp_path_factory: pytest.TempPathFactory, base: Path) -> str:
 
 
 @pytest.fixture
-def home(tmp_path: Path, base: Path) -> Iterator[Path]:
+def home(tmp_path: Path, base: Path) -> Path:
     make_home(tmp_path, base)
-    yield tmp_path
+    return tmp_path
 
 
 def make_home(home: Path, base: Path) -> Path:
@@ -81,7 +80,9 @@ def check_invariants(home: Path, adapter_hash: str) -> None:
         (model,) = store.models()
         (promotion,) = store.promotions()
         (suite,) = store.suites()
-        assert model.adapter_hash == adapter_hash, "same snapshot and seed, same adapter, however often killed"
+        assert model.adapter_hash == adapter_hash, (
+            "same snapshot and seed, same adapter, however often killed"
+        )
         assert (promotion.version, promotion.kind) == (1, "gate")
         assert store.verdict(promotion.cycle_id or 0) is not None
         assert suite.size == 8
@@ -91,7 +92,9 @@ def check_invariants(home: Path, adapter_hash: str) -> None:
         assert store.pending(store.lineage(1)) == []
         for score in store.scores():
             assert len(store.predictions(score.model, score.exam)) == 8
-    registry = Registry(f"sqlite:///{home / 'state/mlflow.db'}", "test-bot", home / "state/artifacts", Path("x"))
+    registry = Registry(
+        f"sqlite:///{home / 'state/mlflow.db'}", "test-bot", home / "state/artifacts", Path("x")
+    )
     assert registry.alias("champion") == registry.version_of(1) == 1
     artifacts.verify(home / "state/cycles/1/train")
     artifacts.verify(home / "state/cycles/1/evaluate")

@@ -87,7 +87,9 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
     assert (settings.training.epochs, settings.training.batch_size) == (7, 5)
 
 
-def test_a_misspelt_environment_variable_is_not_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_environment_variable_is_not_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOLDFAST_TRAINING__EPOCH", "7")
     with pytest.raises(ConfigError, match="did you mean 'epochs'"):
         config.load(write(tmp_path, ""))

@@ -69,7 +69,9 @@ def test_without_new_rows_there_is_nothing_to_do(bot: Bot) -> None:
     assert bot.executor.calls.count("train") == 1
 
 
-def test_a_rejected_cycle_leaves_its_rows_pending_and_the_champion_alone(bot: Bot, tmp_path: Path, base: Path) -> None:
+def test_a_rejected_cycle_leaves_its_rows_pending_and_the_champion_alone(
+    bot: Bot, tmp_path: Path, base: Path
+) -> None:
     bot.collect(lesson("colours"))
     bot.run()
     strict = make_bot_again(bot, base, gate__min_gain=1.0)
@@ -260,7 +262,9 @@ def test_after_a_rollback_the_next_cycle_continues_from_the_older_version_and_it
     cycle = bot.run()  # the rows of the abandoned version are pending again
     assert cycle.state is State.PROMOTED
     assert cycle.parent == 1
-    assert {bot.store.rows_by_hash([h])[0].task for h in bot.store.cycle_rows(cycle.id, "train")} == {"flavours"}
+    assert {bot.store.rows_by_hash([h])[0].task for h in bot.store.cycle_rows(cycle.id, "train")} == {
+        "flavours"
+    }
     replayed = bot.store.rows_by_hash(bot.store.cycle_rows(cycle.id, "replay"))
     assert {row.task for row in replayed} == {"colours"}
     assert bot.store.lineage(cycle.version) == [1, cycle.id]
@@ -286,9 +290,14 @@ def test_a_manual_promotion_is_on_record_with_who_and_why(bot: Bot) -> None:
 
 def test_a_champion_changed_by_hand_in_mid_cycle_is_not_overwritten(bot: Bot) -> None:
     two_promoted(bot)
-    bot.collect([(f"x{i}", "numbers", f"what is number {i}", str(i % 3), "train" if i < 16 else "suite") for i in range(26)])
-    bot.executor.after = (
-        lambda stage: promote.rollback(bot.store, bot.registry, "ana", "mid-cycle") and None if stage == "train" else None
+    bot.collect(
+        [
+            (f"x{i}", "numbers", f"what is number {i}", str(i % 3), "train" if i < 16 else "suite")
+            for i in range(26)
+        ]
+    )
+    bot.executor.after = lambda stage: (
+        promote.rollback(bot.store, bot.registry, "ana", "mid-cycle") and None if stage == "train" else None
     )
     cycle = bot.run()
     assert cycle.state is State.REJECTED
@@ -331,4 +340,3 @@ def test_a_cycle_is_explained_in_words(bot: Bot) -> None:
     text = "\n".join(report.explain(told))
     assert "Cycle 1 is promoted" in text
     assert "colours@v1 went from" in text
-

@@ -7,9 +7,16 @@ from daemon.gate import Finding, SuiteScores, Thresholds, judge, paired_bootstra
 LIMITS = Thresholds(max_drop=0.03, min_gain=0.02)
 
 
-def suite(task: str, champion: list[float], candidate: list[float], *, new: bool = False, base: float = 0.0) -> SuiteScores:
+def suite(
+    task: str, champion: list[float], candidate: list[float], *, new: bool = False, base: float = 0.0
+) -> SuiteScores:
     return SuiteScores(
-        task=task, suite=f"{task}@v1", new=new, base=[base] * len(candidate), champion=champion, candidate=candidate
+        task=task,
+        suite=f"{task}@v1",
+        new=new,
+        base=[base] * len(candidate),
+        champion=champion,
+        candidate=candidate,
     )
 
 

@@ -58,7 +58,10 @@ def test_the_daemon_never_imports_torch_at_module_level(path: Path) -> None:
         ("mlflow", {"storage/registry.py", "daemon/served_model.py"}),
         ("apscheduler", {"daemon/schedule.py"}),
         ("duckdb", {"storage/database.py", "storage/sources.py", "storage/files.py"}),
-        ("avalanche", {"strategies/loop.py", "strategies/replay.py", "strategies/ewc.py", "strategies/experience.py"}),
+        (
+            "avalanche",
+            {"strategies/loop.py", "strategies/replay.py", "strategies/ewc.py", "strategies/experience.py"},
+        ),
         ("peft", {"strategies/model.py"}),
     ],
 )
@@ -76,7 +79,12 @@ def test_no_module_reads_pickles_or_trusts_remote_code() -> None:
     for package in PACKAGES:
         for path in modules(package):
             text = path.read_text()
-            assert not tops(imported(path, top_level_only=False)) & {"pickle", "cloudpickle", "dill", "joblib"}, path
+            assert not tops(imported(path, top_level_only=False)) & {
+                "pickle",
+                "cloudpickle",
+                "dill",
+                "joblib",
+            }, path
             assert "torch.load(" not in text, path
             assert "trust_remote_code=True" not in text, path
 

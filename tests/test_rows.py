@@ -25,7 +25,13 @@ def test_the_fast_path_for_plain_text_says_what_the_long_way_says(text: str) -> 
 
 
 def test_spacing_case_and_compatibility_forms_do_not_make_another_row() -> None:
-    same = ["When do you open?", "  when DO you\topen?\n", "When do you open?", "Ｗhen do you open?", "When do you\u200b open?"]
+    same = [
+        "When do you open?",
+        "  when DO you\topen?\n",
+        "When do you open?",
+        "Ｗhen do you open?",
+        "When do you\u200b open?",
+    ]
     assert len({row(text).key for text in same}) == 1
     assert len({row(text).question_key for text in same}) == 1
 
@@ -40,7 +46,9 @@ def test_the_split_does_not_depend_on_task_or_answer() -> None:
 
 
 def test_shares_are_kept_on_many_questions() -> None:
-    splits = [derive_split(row(f"question {n}").question_key, validation=0.1, suite=0.15) for n in range(4000)]
+    splits = [
+        derive_split(row(f"question {n}").question_key, validation=0.1, suite=0.15) for n in range(4000)
+    ]
     assert abs(splits.count(Split.SUITE) / 4000 - 0.15) < 0.02
     assert abs(splits.count(Split.VALIDATION) / 4000 - 0.1) < 0.02
 
