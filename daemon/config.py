@@ -224,7 +224,7 @@ class Schedule(Section):
 
     cron: str = Field(
         "30 2 * * *",
-        description="Five cron fields: minute, hour, day, month, weekday (names, or 0-7 with Sunday 0 and 7). "
+        description="Five cron fields: minute, hour, day, month, weekday (names, or 0-7, Sunday is 0 and 7). "
         '"": only by hand.',
     )
     timezone: str = Field("UTC", description="IANA name, for instance Europe/Madrid.")

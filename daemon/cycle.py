@@ -197,7 +197,8 @@ class CycleRunner:
         champion = self.store.model(cycle.parent) if cycle.parent is not None else None
         if champion is not None and champion.base != base.fingerprint:
             raise ConfigError(
-                f"model.base = {self.settings.model.base!r} is not the base of champion version {cycle.parent}; set it back, or start a new bot with another bot.state_dir and bot.name"
+                f"model.base = {self.settings.model.base!r} is not the base of champion version "
+                f"{cycle.parent}; set it back, or start a new bot with another bot.state_dir and bot.name"
             )
 
     def _snapshot_of(self, cycle: Cycle) -> Path:

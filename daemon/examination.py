@@ -70,8 +70,8 @@ def check_suites(store: Store, snapshot: Snapshot) -> None:
         if snapshots.suite_hash(rows) != entry["hash"]:
             raise IntegrityError(
                 f"suite {entry['task']}@v{entry['version']} in the store is not the one that was frozen "
-                f"(hash {snapshots.suite_hash(rows)[:12]}, frozen as {entry['hash'][:12]}); restore the store "
-                "from a backup, then `daemon retrain-now`"
+                f"(hash {snapshots.suite_hash(rows)[:12]}, frozen as {entry['hash'][:12]}); restore the "
+                "store from a backup, then `daemon retrain-now`"
             )
 
 

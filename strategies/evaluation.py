@@ -44,6 +44,8 @@ def evaluate(job: EvaluateJob, on_progress: Callable[[Progress], None]) -> None:
     if is_complete(out):
         return
     suites = {suite.task.name: (suite, read_rows(Path(suite.path))) for suite in job.suites}
+    if unknown := [pair for pair in job.plan if pair[0] not in job.models or pair[1] not in suites]:
+        raise ValueError(f"the plan names what the job does not hold: {unknown}")
     pace = _Pace(sum(len(suites[task][1]) for _, task in job.plan), on_progress)
     lines: list[dict[str, object]] = []
     with deterministic(0, job.threads):

@@ -5,6 +5,7 @@ what `trainable` returns, and nothing else.
 """
 
 import contextlib
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -123,11 +124,14 @@ def without_adapter(model: PeftModel) -> Module:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """adapter_model.safetensors and adapter_config.json, without the paths of this machine."""
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = None
+    """adapter_model.safetensors and adapter_config.json. The same adapter gives the same bytes."""
     model.save_pretrained(str(folder), safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    config = folder / "adapter_config.json"
+    values = json.loads(config.read_text())
+    values["base_model_name_or_path"] = None  # a path of this machine
+    values["target_modules"] = sorted(values["target_modules"])  # a set's order, other in every process
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def trainable(model: Module) -> dict[str, Parameter]:

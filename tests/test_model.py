@@ -79,14 +79,16 @@ def test_targets_that_the_base_lacks_are_named_in_the_error(base: Base) -> None:
         fresh_adapter(base, LoraSpec(targets="c_attn"), seed=0)
 
 
-def test_adapters_come_back_bit_for_bit(base: Base, adapter: Path, folder: Path, tmp_path: Path) -> None:
+def test_adapters_come_back_bit_for_bit(base: Base, adapter: Path, tmp_path: Path) -> None:
     loaded = with_adapter(base, adapter, trainable=True)
     assert trainable(loaded)
     save_adapter(loaded, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS, "adapter_config.json"}
     for name in (WEIGHTS, "adapter_config.json"):
         assert (tmp_path / name).read_bytes() == (adapter / name).read_bytes()
-    assert str(folder) not in (adapter / "adapter_config.json").read_text()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] is None  # equal adapters have equal bytes on every machine
+    assert settings["target_modules"] == sorted(settings["target_modules"])
 
 
 def test_an_adapter_that_is_not_to_be_trained_has_nothing_to_train(base: Base, adapter: Path) -> None:
@@ -146,7 +148,7 @@ def test_a_damaged_adapter_is_refused(base: Base, adapter: Path, tmp_path: Path,
         with_adapter(base, changed(adapter, tmp_path / "adapter", change), trainable=False)
 
 
-@pytest.mark.parametrize("shape", [{"hidden": 64}, {"layers": 1}, {"layers": 3}], ids=str)
+@pytest.mark.parametrize("shape", [{"hidden": 64}, {"layers": 1}], ids=str)
 def test_an_adapter_of_another_base_is_refused(adapter: Path, tmp_path: Path, shape: dict[str, int]) -> None:
     other = load_base(tiny_model_spec(tiny_base(tmp_path, **shape)))
     with pytest.raises(ModelError, match="adapter"):

@@ -1,0 +1,75 @@
+"""The documents say what is true: files exist, commands exist, settings exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from daemon import cli, config
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "CHANGELOG.md"]
+COMMANDS = set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+
+
+def tree() -> list[str]:
+    """Paths of the README's annotated tree."""
+    block = (ROOT / "README.md").read_text().split("## What is where")[1].split("```")[1]
+    paths, folder = [], ""
+    for line in block.strip().splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+            paths.append(name)
+        else:
+            paths.append(folder + name)
+    return paths
+
+
+@pytest.mark.parametrize("path", tree())
+def test_what_the_readme_shows_is_there(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_the_readme_shows_every_top_level_folder() -> None:
+    shown = {path.split("/")[0] for path in tree()}
+    ours = {p.name for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert ours | {"docs", "deploy"} <= shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_command_that_a_page_names_exists(page: Path) -> None:
+    named = set(re.findall(r"[`$] ?(?:sudo )?daemon (?:-c \S+ )?([a-z][a-z-]+)", page.read_text()))
+    named |= set(re.findall(r"^daemon ([a-z][a-z-]+)", page.read_text(), flags=re.MULTILINE))
+    assert named <= COMMANDS
+
+
+def test_the_operations_page_lists_every_command() -> None:
+    text = (ROOT / "docs/operations.md").read_text()
+    assert {command for command in COMMANDS if f"`{command}" not in text} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_setting_that_a_page_names_exists(page: Path) -> None:
+    for section, key in re.findall(r"`([a-z]+)\.([a-z_]+)`", page.read_text()):
+        field = config.Settings.model_fields.get(section)
+        if field is not None and section != "tasks":
+            assert key in field.annotation.model_fields, f"{section}.{key}"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_make_targets_that_the_readme_names_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([a-z]+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_ci_runs_the_readmes_own_test_command() -> None:
+    assert "make test" in (ROOT / ".ci/run").read_text()
+    assert "make test" in (ROOT / "README.md").read_text()
