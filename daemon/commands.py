@@ -17,13 +17,20 @@ from daemon.control import Request
 from daemon.executor import OnProgress, Stop, WorkerExecutor
 from daemon.flight import Activity, Flight
 from storage.errors import ControlError, Interrupted
-from storage.records import Cycle
+from storage.records import Cycle, State
 from storage.registry import Registry
 from storage.store import Store
 from strategies.contract import PreparedBase, PrepareJob, Progress
 
 HEARTBEAT_SECONDS = 5.0  # so that a follower notices a dead daemon, and the daemon a dead follower
 LINES_A_SECOND = 10.0  # of progress that a follower gets at most
+# Which of the worker's stages report progress while a cycle stands where.
+_STAGES = {
+    State.REQUESTED: ("prepare",),
+    State.PULLED: ("prepare",),
+    State.SNAPSHOTTED: ("load", "train", "validate", "fisher"),
+    State.TRAINED: ("load", "evaluate"),
+}
 
 
 class CycleExecutor(WorkerExecutor):
@@ -82,7 +89,9 @@ class Commands:
     def do_status(self, request: Request) -> dict[str, Any]:
         daemon = self._daemon
         told = operations.status(daemon.settings, daemon.store)
-        return {**told, "daemon": {**daemon.facts(), "activity": shown(daemon.flight.activity)}}
+        activity = daemon.flight.activity
+        cycle = daemon.store.cycle(activity.cycle_id) if activity.cycle_id is not None else None
+        return {**told, "daemon": {**daemon.facts(), "activity": shown(activity, cycle)}}
 
     def do_history(self, request: Request, limit: int = 20) -> dict[str, Any]:
         return operations.history(self._daemon.store, limit)
@@ -157,8 +166,8 @@ class Commands:
             if cycle is None:
                 raise ControlError(f"there is no cycle {cycle_id}; see `daemon history`")
             activity = flight.activity
-            told = shown(activity) if activity.cycle_id == cycle_id else {"behind": activity.cycle_id}
-            request.emit({"cycle": cycle_id, "state": cycle.state, **told})
+            told = shown(activity, cycle) if activity.cycle_id == cycle_id else {"behind": activity.cycle_id}
+            request.emit({**told, "cycle": cycle_id, "state": cycle.state})
             if cycle.state.ended:
                 return cycle
             if flight.closing:
@@ -167,12 +176,13 @@ class Commands:
             pace.wait(1 / LINES_A_SECOND)
 
 
-def shown(activity: Activity) -> dict[str, Any]:
-    """An activity as JSON values."""
-    waiting = activity.waiting
+def shown(activity: Activity, cycle: Cycle | None) -> dict[str, Any]:
+    """An activity as JSON values, without progress of a stage that the cycle has left behind."""
+    waiting, step = activity.waiting, activity.progress
+    fresh = step is not None and cycle is not None and step.stage in _STAGES.get(cycle.state, ())
     return {
         "cycle": activity.cycle_id,
-        "progress": progress(activity.progress) if activity.progress else None,
+        "progress": progress(step) if step and fresh else None,
         "waiting": operations.plain(waiting) if waiting else None,
     }
 

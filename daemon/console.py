@@ -24,6 +24,15 @@ STATE_STYLES = {
     "cancelled": "magenta",
     "nothing-to-do": "dim",
 }
+# What a cycle is about to reach, in words; its state names what is done.
+_DOING = {
+    "requested": "pulling new rows",
+    "pulled": "freezing suites and the snapshot",
+    "snapshotted": "training",
+    "trained": "examining",
+    "evaluated": "judging",
+    "decided": "publishing to MLflow",
+}
 _OUTCOMES = {
     Outcome.OK: ("ok", "green"),
     Outcome.WARN: ("warn", "yellow"),
@@ -122,7 +131,7 @@ def _cycle_lines(told: dict[str, Any]) -> Iterable[tuple[str, Text]]:
     activity = (told.get("daemon") or {}).get("activity") or {}
     for cycle in told["unfinished"]:
         if cycle["id"] == activity.get("cycle"):
-            yield "running", Text(f"cycle {cycle['id']}, {cycle['state']}: {activity_line(activity)}")
+            yield "running", Text(f"cycle {cycle['id']}: {activity_line(activity, cycle['state'])}")
         else:
             yield (
                 "queued",
@@ -153,12 +162,14 @@ def _tasks(tasks: dict[str, Any]) -> Table:
     return table
 
 
-def activity_line(activity: dict[str, Any]) -> str:
-    """What the cycle does at this moment."""
+def activity_line(activity: dict[str, Any], state: str) -> str:
+    """What a cycle in this state does at this moment."""
     if activity.get("waiting"):
         waiting = activity["waiting"]
         return f"{waiting['reason']} (try {waiting['tries']}, next at {when(waiting['until'])})"
-    return progress_line(activity["progress"]) if activity.get("progress") else "working"
+    if activity.get("progress"):
+        return progress_line(activity["progress"])
+    return _DOING.get(state, state)
 
 
 def progress_line(step: dict[str, Any]) -> str:
@@ -286,13 +297,13 @@ class Follower:
         if self._live is not None:
             share = {"total": step["steps"] or None, "completed": step["step"]} if step else {"total": None}
             self._live.update(self._bar, description=_head(told), told=_news(told), **share)
-        elif (key := f"{told.get('state')} {step['stage'] if step else _news(told)}") != self._last:
+        elif (key := step["stage"] if step else _news(told)) != self._last:
             self._last = key
             self._console.print(f"{_head(told)}: {_news(told)}")
 
 
 def _head(told: dict[str, Any]) -> str:
-    return f"cycle {told['cycle']}, {told['state']}" if "state" in told else "preparing"
+    return f"cycle {told['cycle']}" if "state" in told else "base model"
 
 
 def _news(told: dict[str, Any]) -> str:
@@ -300,7 +311,7 @@ def _news(told: dict[str, Any]) -> str:
         return f"queued behind cycle {told['behind']}"
     if "joined" in told:
         return "joined the cycle that is queued already" if told["joined"] else "asked for"
-    return activity_line(told)
+    return activity_line(told, told.get("state", ""))
 
 
 def _state(state: str) -> Text:

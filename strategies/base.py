@@ -43,13 +43,17 @@ def prepare(job: PrepareJob, on_progress: Callable[[Progress], None] = lambda pr
             model, tokenizer = load_folder(path)
         tokenizer.save_pretrained(folder / "tokenizer")
         if not (folder / "tokenizer" / "tokenizer.json").is_file():
-            raise ModelError(f"model.base = {job.base!r} has no fast tokenizer (tokenizer.json); choose another base")
+            raise ModelError(
+                f"model.base = {job.base!r} has no fast tokenizer (tokenizer.json); choose another base"
+            )
         record = PreparedBase(
             path=str(path),
             fingerprint=fingerprint(weights, folder / "tokenizer" / "tokenizer.json"),
             tokenizer_file=str(out / "tokenizer" / "tokenizer.json"),
             template_tokens=_template_tokens(tokenizer),
-            context_tokens=min(int(getattr(model.config, "max_position_embeddings", None) or _LONGEST), _LONGEST),
+            context_tokens=min(
+                int(getattr(model.config, "max_position_embeddings", None) or _LONGEST), _LONGEST
+            ),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
         (folder / RECORD).write_text(record.to_json() + "\n")
@@ -80,7 +84,9 @@ def _packaged(package: str) -> Path:
         raise ModelError(f"model.base = 'package:{package}': no such package is installed; `{install}`")
     files = sorted(f for place in found.submodule_search_locations for f in Path(place).glob("**/*.gguf"))
     if len(files) != 1:
-        raise ModelError(f"model.base = 'package:{package}': it carries {len(files)} .gguf files, one is needed")
+        raise ModelError(
+            f"model.base = 'package:{package}': it carries {len(files)} .gguf files, one is needed"
+        )
     return files[0]
 
 
@@ -95,9 +101,13 @@ def _dequantise(gguf: Path, target: Path) -> tuple[Any, Any]:
 
     _quiet()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+        )
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (
+        Exception
+    ) as error:  # a damaged file makes the reader stumble in many ways, struct.error among them
         raise ModelError(f"the GGUF file {gguf} cannot be read: {error}") from error
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config
@@ -114,7 +124,9 @@ def _folder(base: str) -> Path:
     path = Path(base).expanduser()
     if path.is_dir():
         if not list(path.glob("*.safetensors")):
-            raise ModelError(f"model.base = {base!r} holds no .safetensors weights; pickled weights are not loaded")
+            raise ModelError(
+                f"model.base = {base!r} holds no .safetensors weights; pickled weights are not loaded"
+            )
         return path.resolve()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

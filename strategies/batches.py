@@ -150,7 +150,9 @@ def answer_logits(model: Module, batch: Batch) -> Tensor:
 def token_losses(model: Module, batch: Batch) -> Tensor:
     """Cross entropy [B, K] in nats of every answer token; zero where there is no answer."""
     logits = answer_logits(model, batch).float()
-    losses = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="none")
+    losses = cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
     return losses.view_as(batch.targets)
 
 

@@ -70,7 +70,9 @@ class Classification(Record):
     classes: tuple[ClassScores, ...]
 
 
-def classification_report(golds: Sequence[str], predictions: Sequence[str], labels: Sequence[str]) -> Classification:
+def classification_report(
+    golds: Sequence[str], predictions: Sequence[str], labels: Sequence[str]
+) -> Classification:
     """Accuracy, macro-F1, and per-class precision and recall.
 
     Labels that no suite row has count for precision of the others (a wrong guess is a wrong guess), but

@@ -94,7 +94,9 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, encode: Encoder, system: str) ->
     elif tokenizer.eos_token_id is not None:
         end = [int(tokenizer.eos_token_id)]
     else:
-        raise ModelError("this model has neither an end-of-turn nor an end-of-text token; choose another base")
+        raise ModelError(
+            "this model has neither an end-of-turn nor an end-of-text token; choose another base"
+        )
     return Pieces(before=encode(before), between=encode(between), end=end)
 
 

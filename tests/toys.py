@@ -57,7 +57,13 @@ def tiny_base(directory: Path, *, hidden: int = 32, layers: int = 2, seed: int =
 
 def tiny_model_spec(directory: Path, **changes: object) -> ModelSpec:
     """How the tiny base is used: float32, so that results can be compared to the last bit."""
-    fields = {"path": str(directory), "fingerprint": "tiny", "max_tokens": 256, "dtype": "float32", "device": "cpu"}
+    fields = {
+        "path": str(directory),
+        "fingerprint": "tiny",
+        "max_tokens": 256,
+        "dtype": "float32",
+        "device": "cpu",
+    }
     return ModelSpec(**{**fields, **changes})  # type: ignore[arg-type]
 
 
@@ -75,7 +81,9 @@ def teach_to_recite(model: LlamaForCausalLM, follows: Mapping[int, int]) -> None
             head[after] += embedding[token]
 
 
-def tiny_rows(task: str, count: int, answers: Sequence[str] = ("red", "green", "a long blue answer")) -> list[SnapshotRow]:
+def tiny_rows(
+    task: str, count: int, answers: Sequence[str] = ("red", "green", "a long blue answer")
+) -> list[SnapshotRow]:
     """Rows of a task; questions and answers differ in length, and every other row has a context."""
     rows = []
     for n in range(count):
