@@ -156,13 +156,14 @@ def deterministic(seed: int, threads: int) -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    filling = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a sixth of a step
+    switches: Any = torch.utils.deterministic  # a module made of properties, which mypy does not see
+    filling = switches.fill_uninitialized_memory
+    switches.fill_uninitialized_memory = False  # a debugging aid that costs a sixth of a step
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        switches.fill_uninitialized_memory = filling
 
 
 def _device(wanted: str) -> str:
