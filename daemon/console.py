@@ -295,8 +295,9 @@ class Follower:
         """One event of the control socket."""
         step = told.get("progress")
         if self._live is not None:
-            share = {"total": step["steps"] or None, "completed": step["step"]} if step else {"total": None}
-            self._live.update(self._bar, description=_head(told), told=_news(told), **share)
+            total, done = (step["steps"] or None, step["step"]) if step else (None, 0)
+            self._live.tasks[0].total = total  # `update` takes None for: as it was
+            self._live.update(self._bar, description=_head(told), told=_news(told), completed=done)
         elif (key := step["stage"] if step else _news(told)) != self._last:
             self._last = key
             self._console.print(f"{_head(told)}: {_news(told)}")

@@ -98,14 +98,14 @@ def _prepare(job: dict[str, Any], worker: Worker) -> dict[str, Any]:
 
 
 def _train(job: dict[str, Any], worker: Worker) -> dict[str, Any]:
-    worker.tell(Progress(stage="load"))
+    worker.tell(Progress(stage="load", detail="libraries"))
     from strategies.loop import train
 
     return dict(json.loads(train(TrainJob.from_dict(job), worker.tell, worker.should_stop).to_json()))
 
 
 def _evaluate(job: dict[str, Any], worker: Worker) -> dict[str, Any]:
-    worker.tell_or_stop(Progress(stage="load"))
+    worker.tell_or_stop(Progress(stage="load", detail="libraries"))
     from strategies.evaluation import evaluate
 
     evaluate(EvaluateJob.from_dict(job), worker.tell_or_stop)

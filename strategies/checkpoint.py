@@ -110,7 +110,9 @@ def optimizer_tensors(optimizer: Optimizer, parameters: Mapping[str, Tensor]) ->
     }
 
 
-def restore_optimizer(optimizer: Optimizer, parameters: Mapping[str, Tensor], saved: dict[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: Optimizer, parameters: Mapping[str, Tensor], saved: dict[str, Tensor]
+) -> None:
     for name, parameter in parameters.items():
         for key, value in under(f"{name}/", saved).items():
             # Step counters stay on the CPU, where AdamW keeps them; moments go to their parameter.

@@ -71,7 +71,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
         self.best: dict[str, Tensor] = {}  # the adapter with the best validation loss, when that matters
         self.loss: Tensor = self._make_empty_loss()
         self.step_loss = self.loss
-        self._penalty = self.loss
+        self.penalty = self.loss
         self.total_steps = 0
         self.replay_rows = 0  # in an epoch
         self.last_pass = False
@@ -84,7 +84,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
     def penalise(self, term: Tensor) -> None:
         """Adds a method's term to the loss of the step. Call it in `before_backward`, on one pass."""
         self.loss = self.loss + term
-        self._penalty = self._penalty + term.detach()
+        self.penalty = self.penalty + term.detach()
 
     def check_stop(self) -> None:
         """Raises `Interrupted`, with everything so far on disk, when a stop was asked for."""
@@ -129,7 +129,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
     # One optimiser step.
 
     def learn(self, step: Step, **kwargs: Any) -> None:
-        self.step, self.step_loss, self._penalty = step, self._make_empty_loss(), self._make_empty_loss()
+        self.step, self.step_loss, self.penalty = step, self._make_empty_loss(), self._make_empty_loss()
         self._before_training_iteration(**kwargs)
         self.optimizer.zero_grad()
         for n, examples in enumerate(step.passes):
@@ -163,7 +163,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
     def optimizer_step(self) -> None:
         norm = clip_grad_norm_(trainable(self.model).values(), self.spec.clip_norm)
         rate = learning_rate(self.course.steps, self.total_steps, self.spec)
-        for name, value in (("loss", self.step_loss), ("penalty", self._penalty), ("gradient", norm)):
+        for name, value in (("loss", self.step_loss), ("penalty", self.penalty), ("gradient", norm)):
             if not torch.isfinite(value).all():
                 raise NonFiniteLoss(
                     f"the {name} became {value.item()} at step {self.course.steps + 1} of {self.total_steps} "
@@ -187,7 +187,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
             step=course.steps,
             loss=self.step_loss.item(),
             learning_rate=self.optimizer.param_groups[0]["lr"],
-            penalty=self._penalty.item(),
+            penalty=self.penalty.item(),
             replayed=step.replayed,
             rows_per_second=len(step.rows) / max(seconds, 1e-9),
         )
@@ -321,7 +321,7 @@ def train(job: TrainJob, tell: Tell, should_stop: Callable[[], bool]) -> TrainRe
 
 
 def _run(job: TrainJob, checkpoints: Checkpoints, tell: Tell, should_stop: Callable[[], bool]) -> None:
-    tell(Progress(stage="load"))
+    tell(Progress(stage="load", detail="base model"))
     base = load_base(job.model)
     experience = read_experience(Path(job.snapshot), base.prompter)
     methods = catalogue.build(job.strategy, job.train.seed)

@@ -73,7 +73,8 @@ def count_tokens_factory(base: PreparedBase) -> Callable[[str, str], int]:
         encode = plain_encoder(Tokenizer.from_file(base.tokenizer_file))
     except Exception as error:  # the library raises bare Exceptions
         raise ModelError(
-            f"the tokenizer {base.tokenizer_file} cannot be read: {error}; remove its folder, it is made again"
+            f"the tokenizer {base.tokenizer_file} cannot be read: {error}; "
+            "remove the base's folder under models/, it is made again"
         ) from None
     return lambda prompt, answer: base.template_tokens + len(encode(prompt)) + len(encode(answer))
 

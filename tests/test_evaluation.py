@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -184,7 +185,7 @@ def recite(base: Base, text: str, *, then: int | None) -> None:
     start = base.prompter.pieces.between[-1]
     ids = base.prompter.answer_ids(text)[:-1]
     chain = [start, *ids, then if then is not None else ids[0]]
-    teach_to_recite(base.model, dict(zip(chain, chain[1:], strict=False)))  # type: ignore[arg-type]
+    teach_to_recite(base.model, dict(pairwise(chain)))  # type: ignore[arg-type]
 
 
 def test_a_free_answer_ends_with_the_turn(folder: Path) -> None:

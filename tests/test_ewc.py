@@ -264,7 +264,7 @@ def test_half_lambda_times_the_penalty_is_added_once_a_step(base: Path, tmp_path
             )
         learner.learn(step)
         found = {name: p.grad.clone() for name, p in trainable(learner.model).items() if p.grad is not None}
-        return found, learner._penalty.item()
+        return found, learner.penalty.item()
 
     without, nothing = gradients([])
     held, penalty = gradients([Ewc(EWC, seed=0)])

@@ -34,7 +34,7 @@ def decode(base: Base, labels: Sequence[str], batch_size: int = 4) -> list[str]:
 
 @torch.no_grad()
 def walk(base: Base, question: str, labels: Sequence[str]) -> str:
-    """Step by step, one row, no padding, no cache: the best token among those that some label goes on with."""
+    """Step by step, one row, no padding, no cache: the best token that continues some label."""
     spelt = {tuple(base.prompter.answer_ids(label)): label for label in labels}
     ids, told = base.prompter.prompt_ids(question), []
     while tuple(told) not in spelt:

@@ -222,6 +222,7 @@ def test_the_end_of_input_ends_the_worker_at_once_even_in_training(
     child.process.stdin.close()
     assert child.process.wait(SECONDS) == 0
     assert not is_complete(asked.out)
+    assert child.errors() == "", "libraries must not chat into the journal"
 
 
 # Stages that misbehave, in a worker without torch: what is sent, and what is not.
