@@ -5,6 +5,7 @@ terminal control codes.
 """
 
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
@@ -17,6 +18,7 @@ from rich.text import Text
 from daemon.doctor import Check, Outcome
 
 UNLIMITED = 1000  # columns
+LINE_SECONDS = 10.0  # between two lines of progress outside a terminal, if there is no new stage
 STATE_STYLES = {
     "promoted": "green",
     "rejected": "yellow",
@@ -267,13 +269,14 @@ def check(found: Check) -> None:
 
 
 class Follower:
-    """Live progress on standard error: a moving line in a terminal, one line a change elsewhere."""
+    """Live progress on standard error: a moving line in a terminal; elsewhere a line now and then."""
 
     def __init__(self) -> None:
         self._console = err()
         self._live: Progress | None = None
         self._bar: Any = None
-        self._last = ""
+        self._seen: set[str] = set()  # stages and other news that were printed
+        self._printed = 0.0
 
     def __enter__(self) -> "Follower":
         if self._console.is_terminal:
@@ -298,9 +301,13 @@ class Follower:
             total, done = (step["steps"] or None, step["step"]) if step else (None, 0)
             self._live.tasks[0].total = total  # `update` takes None for: as it was
             self._live.update(self._bar, description=_head(told), told=_news(told), completed=done)
-        elif (key := step["stage"] if step else _news(told)) != self._last:
-            self._last = key
+        elif (key := step["stage"] if step else _news(told)) not in self._seen or self._is_due():
+            self._seen.add(key)
+            self._printed = time.monotonic()
             self._console.print(f"{_head(told)}: {_news(told)}")
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._printed > LINE_SECONDS
 
 
 def _head(told: dict[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Real databases, models, processes and signals."""

@@ -18,6 +18,8 @@ CHATML = (
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
+torch.set_num_threads(1)  # threads only get into each other's way on models this small
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and the three control tokens of ChatML."""
