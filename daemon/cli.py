@@ -450,6 +450,7 @@ def _tell_retrained(told: dict[str, Any], waited: bool, as_json: bool) -> None:
         _print_json(told)
     elif waited:
         print(f"cycle {cycle['id']} {cycle['state']}: {cycle['reason'] or ''}".rstrip(": "))
+        print(f"the scores behind it: `daemon show {cycle['id']}`")
     else:
         how = "joined the queued cycle" if told["joined"] else "asked for cycle"
         print(f"{how} {cycle['id']}; follow it with `daemon status`")

@@ -124,6 +124,12 @@ class CycleRunner:
             return self._end(cycle.id, State.NOTHING, why)
         experience.freeze_suites(self.store, self.settings, cycle.id)
         snapshot, roles = experience.take_snapshot(self.store, self.settings, base, cycle, new)
+        if cycle.trigger == "schedule" and (tried := self._rejected_before(snapshot.id)):
+            why = (
+                f"the same rows were rejected in cycle {tried.id}, see `daemon show {tried.id}`; they stay "
+                "pending. New rows or settings start a new try, and so does `daemon retrain-now`"
+            )
+            return self._end(cycle.id, State.NOTHING, why)
         return self.store.advance(cycle.id, State.SNAPSHOTTED, snapshot=snapshot.id, rows=roles)
 
     def _train(self, cycle: Cycle, stop: Stop) -> Cycle:
@@ -160,8 +166,7 @@ class CycleRunner:
     def _decide(self, cycle: Cycle, stop: Stop) -> Cycle:
         snapshot = snapshots.load(self._snapshot_of(cycle))
         evidence = examination.evidence(self.store, cycle, snapshot.info["meta"]["new_tasks"])
-        thresholds = gate.Thresholds(**self.settings.gate.model_dump())
-        verdict = gate.judge(evidence, thresholds)
+        verdict = gate.judge(evidence, self._thresholds)
         log.info("%s", verdict.summary, extra=_action("decided", cycle))
         return self.store.advance(
             cycle.id, State.DECIDED, verdict=(verdict.passed, verdict.to_json()), reason=verdict.summary
@@ -186,6 +191,20 @@ class CycleRunner:
         return self._end(cycle.id, State.PROMOTED, cycle.reason or "promoted", version)
 
     # What the steps share.
+
+    @property
+    def _thresholds(self) -> gate.Thresholds:
+        return gate.Thresholds(**self.settings.gate.model_dump())
+
+    def _rejected_before(self, snapshot: str) -> Cycle | None:
+        """The cycle that failed the gate with this very snapshot under the same thresholds: training it
+        again would give the same adapter, every night."""
+        for tried in self.store.cycles_with(snapshot):
+            judged = self.store.verdict(tried.id)
+            verdict = gate.Verdict.from_json(judged[1]) if judged else None
+            if verdict and not verdict.passed and verdict.thresholds == self._thresholds:
+                return tried
+        return None
 
     def folder(self, cycle: Cycle) -> Path:
         return self.settings.state_dir / "cycles" / str(cycle.id)

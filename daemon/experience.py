@@ -152,7 +152,6 @@ def take_snapshot(
             if t.name in suites
         ],
         meta={
-            "cycle": cycle.id,
             "parent": cycle.parent,
             "new_tasks": experience.tasks,
             "model": model_spec(settings, base).__dict__,

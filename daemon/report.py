@@ -96,9 +96,10 @@ def explain(report: dict[str, Any]) -> list[str]:
         replayed = f", with {rows['replay']} remembered rows to replay" if rows["replay"] else ""
         lines.append(f"It learned {rows['train']} new rows on top of {start}{replayed}.")
     if verdict:
-        lines += [f"  {'new' if s['new'] else 'old'}  {s['reason']}" for s in verdict["suites"]]
+        suites = {s["reason"]: f"  {'new' if s['new'] else 'old'}  {s['reason']}" for s in verdict["suites"]}
+        lines += suites.values()
         if not verdict["passed"]:
-            lines += [f"  against: {reason}" for reason in verdict["reasons"]]
+            lines += [f"  also {reason}" for reason in verdict["reasons"] if reason not in suites]
     if report["metrics"]:
         told = ", ".join(
             f"{name.replace('_', ' ')} {value * 100:.1f}" for name, value in report["metrics"].items()

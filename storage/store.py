@@ -229,6 +229,10 @@ class Store:
         """The newest cycles, newest first."""
         return self._db.all(bulk.cycle, "cycles", limit=limit)
 
+    def cycles_with(self, snapshot: str) -> list[Cycle]:
+        """The cycles that trained on a snapshot, newest first."""
+        return self._db.all(bulk.cycle, "cycles_with", snapshot=snapshot)
+
     def advance(
         self,
         cycle_id: int,

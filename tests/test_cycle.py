@@ -9,7 +9,7 @@ import pytest
 from daemon import promote, report
 from daemon.executor import Stop
 from storage.errors import IntegrityError, Interrupted, WorkerError
-from storage.records import State
+from storage.records import Cycle, State
 from tests.bots import FLAVOURS, Bot, lesson, make_bot
 from tests.toys import tiny_base
 
@@ -82,6 +82,26 @@ def test_a_rejected_cycle_leaves_its_rows_pending_and_the_champion_alone(
     assert strict.registry.alias("challenger") == cycle.version
     pending = strict.store.pending(strict.store.lineage(1))
     assert {row.task for row in pending} == {"flavours"}
+
+
+def test_a_schedule_does_not_try_every_night_what_was_rejected_already(bot: Bot, base: Path) -> None:
+    strict = make_bot_again(bot, base, gate__min_gain=1.0)
+    strict.collect(lesson("colours"))
+    assert scheduled(strict).state is State.REJECTED
+    again = scheduled(strict)
+    assert again.state is State.NOTHING
+    assert "rejected in cycle 1" in (again.reason or "")
+    assert strict.run().state is State.REJECTED, "a person who asks for it gets it"
+    assert strict.executor.calls.count("train") == 2
+    strict.collect([("late", "colours", "which one is colours 99", "red", "train")])
+    assert scheduled(strict).state is State.REJECTED, "new rows are a new try"
+    open_gate = make_bot_again(strict, base)
+    assert scheduled(open_gate).state is State.PROMOTED, "and so are other thresholds"
+    open_gate.store.close()
+
+
+def scheduled(bot: Bot) -> Cycle:
+    return bot.run(bot.store.request_cycle("schedule", "schedule"))
 
 
 def make_bot_again(bot: Bot, base: Path, **overrides: object) -> Bot:

@@ -26,12 +26,13 @@ from storage.rows import Row
 
 MARK = ".holdfast-demo"  # only folders with this file in them are ever deleted
 
-# Small numbers for a small FAQ: 48 rows a day, each seen six times.
+# Small numbers for a small FAQ: 48 rows a day, each seen six times, with as many old ones among them.
 SETTINGS: dict[str, Any] = {
     "bot.name": "quillmoor",
     "training.epochs": 6,
     "training.learning_rate": 1e-3,
     "training.patience": 0,
+    "strategy.replay_ratio": 1.0,
     "evaluation.max_new_tokens": 24,
     # A suite has 24 questions, so one answer is 4 points: at most two may be lost.
     "gate.max_drop": 0.1,
@@ -95,7 +96,7 @@ def _tell(console: Console, daemon: RunningDaemon) -> None:
     """What the newest cycle came to; raises when it came to nothing for technical reasons."""
     cycle = daemon.ask("history")["cycles"][0]
     shown = daemon.ask("show", cycle=cycle["id"])
-    for line in shown["words"]:
+    for line in shown["words"][1:]:  # the first says what the command has just said
         console.print(f"  {line}", highlight=False, markup=False)
     if cycle["state"] not in ("promoted", "rejected"):
         raise StreamError(f"cycle {cycle['id']} is {cycle['state']}; the daemon's log is {daemon.bot.log}")

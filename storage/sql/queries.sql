@@ -105,6 +105,9 @@ SELECT * FROM cycles WHERE finished_at IS NULL ORDER BY id;
 -- name: cycles
 SELECT * FROM cycles ORDER BY id DESC LIMIT $limit;
 
+-- name: cycles_with
+SELECT * FROM cycles WHERE snapshot = $snapshot ORDER BY id DESC;
+
 -- name: update_cycle
 UPDATE cycles SET
     state = $state, trigger = $trigger, requested_by = $requested_by, requested_at = $requested_at,
