@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     print("\n" + tables.markdown(found))
     if options.markdown:
-        tables.update_page(options.markdown, page_section(found))
+        tables.update_page(options.markdown, "clinc", page_section(found))
         print(f"{options.markdown} is up to date; the numbers are in {options.out / 'results.json'}")
     return 0
 

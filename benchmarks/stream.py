@@ -81,7 +81,7 @@ class Outcome:
     matrix: report.Matrix
     metrics: dict[str, float]
     cycles: tuple[dict[str, Any], ...]  # report.cycle_report of each, oldest first
-    training_seconds: float  # all cycles together, without loading and evaluation
+    training_seconds: float  # of CPU, all cycles together, without loading and evaluation
     state_bytes: int  # continual state of the last version
 
 
@@ -290,7 +290,7 @@ def answers(bot: Bot) -> dict[str, Answer]:
 
 def _training_seconds(settings: Settings, cycle: Cycle) -> float:
     path = result_files(settings.state_dir / "cycles" / str(cycle.id) / "train")["report"]
-    return TrainReport.from_json(path.read_text()).seconds if path.exists() else 0.0
+    return TrainReport.from_json(path.read_text()).cpu_seconds if path.exists() else 0.0
 
 
 def _folder_bytes(folder: Path) -> int:

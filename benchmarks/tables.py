@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-MARKERS = ("<!-- clinc:begin -->", "<!-- clinc:end -->")
 METRICS = ("average_accuracy", "backward_transfer", "forgetting", "learning_accuracy")
 
 
@@ -23,7 +22,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 def _comparison(strategies: Mapping[str, Any]) -> list[str]:
     naive = strategies.get("naive", {}).get("training_seconds")
-    head = ["strategy", *(name.replace("_", " ") for name in METRICS), "training time", "state"]
+    head = ["strategy", *(name.replace("_", " ") for name in METRICS), "CPU time of training", "state"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, result in strategies.items():
         told = [_points(result["metrics"].get(key)) for key in METRICS]
@@ -46,9 +45,13 @@ def _points(share: float | None) -> str:
     return "" if share is None else f"{share * 100:.1f}"
 
 
-def update_page(page: Path, section: str) -> None:
-    """Puts the section between its markers; a page without them gets it at the end."""
-    begin, end = MARKERS
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def update_page(page: Path, name: str, section: str) -> None:
+    """Puts the section between the markers of its name; a page without them gets it at the end."""
+    begin, end = markers(name)
     text = page.read_text(encoding="utf-8") if page.exists() else "# Benchmarks\n"
     body = f"{begin}\n{section}{end}"
     if begin in text and end in text:

@@ -432,7 +432,7 @@ def _move(settings: "Settings", operation: str, **args: Any) -> None:
 
         who = access.me()
         with access.writing(settings, f"daemon {operation}") as store:
-            registry = operations.open_registry(settings)
+            registry = operations.open_registry(settings, store)
             if operation == "promote":
                 return operations.promote(store, registry, args["version"], who, args["why"])
             return operations.rollback(store, registry, who, args["why"])

@@ -6,6 +6,7 @@ state in one transaction; after a crash at any point, running the same step agai
 """
 
 import logging
+import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from storage.errors import (
     ConfigError,
     HoldfastError,
     Interrupted,
-    RegistryUnavailable,
+    RegistryError,
     SourceBusy,
     StoreError,
     WorkerError,
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # how often a dead worker is replaced before the cycle is given up
 # Left to the caller, who tries again later: the cycle stays exactly where it is.
-RETRIED_LATER = (Interrupted, SourceBusy, RegistryUnavailable)
+RETRIED_LATER = (Interrupted, SourceBusy, RegistryError)
 
 
 class CycleRunner:
@@ -69,13 +70,15 @@ class CycleRunner:
     def run(self, cycle_id: int, stop: Stop) -> Cycle:
         """Advances the cycle to an ended state and returns it.
 
-        Raises `Interrupted` on shutdown, `SourceBusy` and `RegistryUnavailable` when waiting would
-        help; the cycle then continues from the same state at the next call.
+        Raises `Interrupted` on shutdown, `SourceBusy` and `RegistryError` when waiting, or a person,
+        would help; the cycle then continues from the same state at the next call.
         """
         cycle = self._cycle(cycle_id)
         try:
             while not cycle.state.ended:
                 stop.check()
+                if self.store.is_cancelled(cycle.id):
+                    raise Cancelled()
                 cycle = self._step(cycle, stop)
         except Cancelled:
             cycle = self._end(cycle_id, State.CANCELLED, "cancelled by hand; its rows stay pending")
@@ -89,6 +92,9 @@ class CycleRunner:
             )
         finally:
             self.executor.close()
+        if cycle.state is State.PROMOTED:
+            self._show_champion(cycle)
+        shutil.rmtree(self.folder(cycle) / "work", ignore_errors=True)  # the checkpoint of an ended cycle
         return cycle
 
     def _step(self, cycle: Cycle, stop: Stop) -> Cycle:
@@ -152,7 +158,8 @@ class CycleRunner:
         took = f"{report.steps} steps, {report.seconds:.0f} s"
         told = f"{report.rows} rows in {took}, loss {report.final_loss:.4f}"
         log.info("trained: %s", told, extra=_action("trained", cycle))
-        return self.store.advance(cycle.id, State.TRAINED, reason=told)
+        rehearsed = [(row, "replay") for row in report.rehearsed]
+        return self.store.advance(cycle.id, State.TRAINED, reason=told, rows=rehearsed)
 
     def _evaluate(self, cycle: Cycle, stop: Stop) -> Cycle:
         snapshot = snapshots.load(self._snapshot_of(cycle))
@@ -178,17 +185,19 @@ class CycleRunner:
         assert verdict is not None
         if not verdict[0]:
             return self._end(cycle.id, State.REJECTED, cycle.reason or "rejected", version)
-        current = self.store.champion()
-        serving = current.version if current else None
-        if serving not in (cycle.parent, version):
-            why = (
-                f"passed against version {cycle.parent}, but the champion became {serving} meanwhile; "
-                "`daemon retrain-now` learns the rows on top of it"
-            )
-            self.registry.tag_version(version, {"holdfast.verdict": "rejected", "holdfast.reason": why})
-            return self._end(cycle.id, State.REJECTED, why, version)
-        promote.by_gate(self.store, self.registry, version, cycle)
-        return self._end(cycle.id, State.PROMOTED, cycle.reason or "promoted", version)
+        with self.store.transaction():  # a rollback or promotion by hand comes before this or after it
+            current = self.store.champion()
+            serving = current.version if current else None
+            if serving == cycle.parent:
+                promote.by_gate(self.store, version, cycle)
+            if serving in (cycle.parent, version):  # the version itself: a person was faster than MLflow
+                return self._end(cycle.id, State.PROMOTED, cycle.reason or "promoted", version)
+        why = (
+            f"passed against version {cycle.parent}, but the champion became {serving} meanwhile; "
+            "`daemon retrain-now` learns the rows on top of it"
+        )
+        self.registry.tag_version(version, {"holdfast.verdict": "rejected", "holdfast.reason": why})
+        return self._end(cycle.id, State.REJECTED, why, version)
 
     # What the steps share.
 
@@ -232,6 +241,13 @@ class CycleRunner:
         if cycle is None:
             raise StoreError(f"there is no cycle {cycle_id}; see `daemon history`")
         return cycle
+
+    def _show_champion(self, cycle: Cycle) -> None:
+        """The promotion is on record; the alias may come later, with the daemon's housekeeping."""
+        try:
+            promote.repair_alias(self.store, self.registry)
+        except RegistryError as error:
+            log.warning("the champion's alias lags behind: %s", error, extra=_action("alias-late", cycle))
 
     def _end(self, cycle_id: int, state: State, reason: str, version: int | None = None) -> Cycle:
         cycle = self.store.advance(cycle_id, state, reason=reason, version=version)

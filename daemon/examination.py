@@ -32,6 +32,7 @@ class Specs:
     lora: LoraSpec
     train: TrainSpec
     strategy: StrategySpec
+    max_new_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ def specs(snapshot_path: Path) -> Specs:
         lora=LoraSpec.from_dict(meta["lora"]),
         train=TrainSpec.from_dict(meta["train"]),
         strategy=StrategySpec.from_dict(meta["strategy"]),
+        max_new_tokens=meta["max_new_tokens"],
     )
 
 
@@ -80,7 +82,7 @@ def plan(store: Store, settings: Settings, cycle: Cycle, snapshot: Snapshot, fol
     spec = specs(snapshot.path)
     suite_files = {entry["task"]: entry for entry in snapshot.info["suites"]}
     exams = tuple(
-        _exam(Task.from_dict(task), suite_files[task["name"]], spec.model, settings.evaluation.max_new_tokens)
+        _exam(Task.from_dict(task), suite_files[task["name"]], spec.model, spec.max_new_tokens)
         for task in snapshot.info["tasks"]
     )
     adapters: dict[str, Path | None] = {"base": None}
@@ -102,7 +104,7 @@ def plan(store: Store, settings: Settings, cycle: Cycle, snapshot: Snapshot, fol
             if not store.predictions(model, exam.key)
         ),
         batch_size=settings.evaluation.batch_size,
-        max_new_tokens=settings.evaluation.max_new_tokens,
+        max_new_tokens=spec.max_new_tokens,
         threads=spec.train.threads,
     )
     return Session(exams=exams, models=models, job=job)

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 from storage import errors
-from storage.errors import Cancelled, HoldfastError, Interrupted, WorkerError
+from storage.errors import Cancelled, HoldfastError, Interrupted, StageError, WorkerError
 from strategies.contract import (
     EvaluateJob,
     PreparedBase,
@@ -77,8 +77,8 @@ class Executor(Protocol):
 class WorkerExecutor:
     """One child process at a time, kept between the stages of a cycle: its imports are paid once.
 
-    Raises `WorkerError` when the child dies or exceeds `time_limit` (seconds a stage), the error the
-    child reports, or `Interrupted`/`Cancelled` when asked to stop.
+    Raises `WorkerError` when the child dies, `StageError` when it exceeds `time_limit` (seconds a stage),
+    the error that the child reports, or `Interrupted`/`Cancelled` when asked to stop.
     """
 
     def __init__(self, *, time_limit: float, environment: dict[str, str] | None = None) -> None:
@@ -146,7 +146,7 @@ class WorkerExecutor:
                 stop.check()
             if time.monotonic() > deadline:
                 worker.stop()
-                raise WorkerError(
+                raise StageError(
                     f"the {stage} stage took longer than {self.time_limit / 60:.0f} minutes and was stopped; "
                     "raise training.time_limit or lower training.epochs"
                 )

@@ -4,8 +4,6 @@ Everything here is read from or written to the store before any training starts;
 in is all that the worker ever sees.
 """
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from strategies.replay_memory import memory_hashes
 MOST_LABELS = 300
 LONGEST_LABEL_WORDS = 4
 ROWS_PER_LABEL = 3
+STILL_PER_LABEL = 2  # what once was a closed set stays one a little longer, so that kinds do not flutter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,17 +79,21 @@ def _has_grown(before: int, now: int, settings: Settings) -> bool:
     return now >= before * (1 + settings.evaluation.suite_growth)
 
 
-def settle_tasks(store: Store, settings: Settings) -> dict[str, Task]:
-    """Kind, metric and labels of every task that has a suite: configured, else inferred once and kept.
+def settle_tasks(store: Store, settings: Settings, cycle_id: int) -> dict[str, Task]:
+    """Kind, metric and labels of every task that has a suite: configured, else inferred from its rows.
 
-    Labels of an inferred task grow with its rows; its kind never changes by itself.
+    Labels grow with the rows; when answers stop being a closed set, or become one, the kind changes, and
+    an event says so.
     """
     known = {task.name: task for task in store.tasks()}
     for name in sorted(store.latest_suites()):
-        record = _settle(store, settings, name, known.get(name))
-        if record != known.get(name):
+        before = known.get(name)
+        record = _settle(store, settings, name, before)
+        if record != before:
             store.put_task(record)
             known[name] = record
+        if before is not None and before.kind != record.kind:
+            store.event("task-kind", cycle_id, task=name, before=before.kind, now=record.kind)
     return {
         name: Task(name=name, kind=TaskKind(t.kind), metric=Metric(t.metric), labels=t.labels)
         for name, t in known.items()
@@ -99,43 +102,46 @@ def settle_tasks(store: Store, settings: Settings) -> dict[str, Task]:
 
 def _settle(store: Store, settings: Settings, name: str, known: TaskRecord | None) -> TaskRecord:
     wish = settings.tasks.get(name)
-    answers = [row.answer for split in Split for row in store.task_rows(name, split)]
-    inferred = TaskKind(known.kind) if known else infer_kind(answers)
-    kind = TaskKind(wish.kind) if wish and wish.kind else inferred
+    if wish and wish.kind:
+        kind = TaskKind(wish.kind)
+    else:
+        was_labels = known is not None and known.origin == "inferred" and known.kind == TaskKind.LABELS
+        kind = infer_kind(*store.answer_shape(name), was_labels=was_labels)
     metric = Metric.ACCURACY if kind is TaskKind.LABELS else Metric.TOKEN_F1
     if wish and wish.metric:
         metric = Metric(wish.metric)
     labels: tuple[str, ...] = ()
     if kind is TaskKind.LABELS:
-        labels = tuple(sorted(wish.labels if wish and wish.labels else set(answers)))
+        labels = tuple(sorted(wish.labels if wish and wish.labels else store.answers(name)))
     return TaskRecord(
         name=name,
         kind=kind.value,
         metric=metric.value,
-        origin="config" if wish else "inferred",
+        origin="config" if wish and wish.kind else "inferred",
         labels=labels,
         created_at=known.created_at if known else store.clock(),
     )
 
 
-def infer_kind(answers: Sequence[str]) -> TaskKind:
-    """`labels` when the answers are few, short, and each seen several times; otherwise `free`."""
-    distinct = Counter(answers)
-    short = all(len(answer.split()) <= LONGEST_LABEL_WORDS for answer in distinct)
-    few = 1 < len(distinct) <= MOST_LABELS and len(answers) >= ROWS_PER_LABEL * len(distinct)
-    return TaskKind.LABELS if short and few else TaskKind.FREE
+def infer_kind(rows: int, distinct: int, longest: int, *, was_labels: bool = False) -> TaskKind:
+    """`labels` when the different answers are few, short (words), and each seen several times.
+
+    Only rows outside the suite count: a label that is never taught is no choice.
+    """
+    wanted = STILL_PER_LABEL if was_labels else ROWS_PER_LABEL
+    few = 1 < distinct <= MOST_LABELS and rows >= wanted * distinct
+    return TaskKind.LABELS if few and longest <= LONGEST_LABEL_WORDS else TaskKind.FREE
 
 
 def take_snapshot(
     store: Store, settings: Settings, base: PreparedBase, cycle: Cycle, experience: Experience
 ) -> tuple[Snapshot, list[tuple[str, str]]]:
-    """Writes the cycle's snapshot; returns it and every (row hash, role) that the training will touch."""
-    tasks = settle_tasks(store, settings)
-    memory = store.rows_by_hash(
-        memory_hashes(parent_result(store, settings, cycle.parent) / "state")
-        if cycle.parent is not None
-        else []
-    )
+    """Writes the cycle's snapshot; returns it and the (row hash, role) of its new rows.
+
+    Which remembered rows are rehearsed is known only when the training has drawn them.
+    """
+    tasks = settle_tasks(store, settings, cycle.id)
+    memory = _memory(store, settings, cycle.parent)
     suites = {
         task: (suite.version, suite.hash, store.suite_rows(task, suite.version))
         for task, suite in sorted(store.latest_suites().items())
@@ -158,12 +164,19 @@ def take_snapshot(
             "lora": lora_spec(settings).__dict__,
             "train": train_spec(settings).__dict__,
             "strategy": {**strategy_spec(settings).__dict__, "methods": list(settings.strategy.methods)},
+            "max_new_tokens": settings.evaluation.max_new_tokens,
         },
     )
     roles = [(row.hash, "train") for row in experience.train]
     roles += [(row.hash, "validation") for row in experience.validation]
-    roles += [(row.hash, "replay") for row in memory]
     return snapshot, roles
+
+
+def _memory(store: Store, settings: Settings, parent: int | None) -> list[StoredRow]:
+    """The rows that the parent's training remembers, when they are to be rehearsed."""
+    if parent is None or "replay" not in settings.strategy.methods:
+        return []
+    return store.rows_by_hash(memory_hashes(parent_result(store, settings, parent) / "state"))
 
 
 def parent_result(store: Store, settings: Settings, version: int) -> Path:

@@ -157,6 +157,7 @@ class Flight:
             try:
                 self._fly(cycle.id)
             finally:
+                self._untidy = True  # the alias may not have followed a promotion
                 self._tell(cycle_id=None, progress=None, waiting=None)
 
     def _next(self) -> Cycle | None:

@@ -27,13 +27,14 @@ from strategies.contract import PreparedBase
 PAUSED = "paused"  # the key in the store's meta: who paused, and when
 
 
-def open_registry(settings: Settings) -> Registry:
+def open_registry(settings: Settings, store: Store) -> Registry:
     """The registry of the bot; nothing is connected to yet."""
     return Registry(
         settings.tracking_uri,
         settings.bot.name,
         settings.state_dir / "artifacts",
         Path(__file__).resolve().parent / "served_model.py",
+        store_id=store.id,
     )
 
 
@@ -232,10 +233,9 @@ def _rows(store: Store) -> dict[str, Any]:
         totals.update({split.value: count for split, count in splits.items()})
     champion = store.champion()
     lineage = store.lineage(champion.version if champion else None)
-    learned = sum(len(store.cycle_rows(cycle, "train")) for cycle in lineage)
     return {
         "total": sum(totals.values()),
-        "pending": totals[Split.TRAIN.value] - learned,
+        "pending": store.pending_count(lineage),
         "tasks": {
             task: {
                 **{split.value: splits.get(split, 0) for split in Split},

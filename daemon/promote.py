@@ -1,9 +1,10 @@
 """Moves `champion`, and only on record: the store's promotion line comes first, the alias follows.
 
-The store is the truth; the registry's alias mirrors it and is repaired at every start, so that a
-crash between the two writes cannot leave them apart for long.
+The store is the truth; the registry's alias mirrors it and is repaired at every start and after every
+cycle, so that a crash or an outage between the two writes cannot leave them apart for long.
 """
 
+import threading
 from collections.abc import Sequence
 
 from storage.errors import ControlError
@@ -13,13 +14,15 @@ from storage.store import Store
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
+_repairing = threading.Lock()
 
 
-def by_gate(store: Store, registry: Registry, version: int, cycle: Cycle) -> Promotion:
-    """Promotes the version of a cycle whose passing verdict is recorded; the store refuses any other."""
-    line = store.promote(version, cycle_id=cycle.id, kind="gate", who="gate", why=cycle.reason or "passed")
-    repair_alias(store, registry)
-    return line
+def by_gate(store: Store, version: int, cycle: Cycle) -> None:
+    """Promotes the version of a cycle whose passing verdict is recorded; the store refuses any other.
+
+    Only the record: the alias is for `repair_alias`, once the record stands.
+    """
+    store.promote(version, cycle_id=cycle.id, kind="gate", who="gate", why=cycle.reason or "passed")
 
 
 def manual(store: Store, registry: Registry, version: int, who: str, why: str) -> Promotion:
@@ -54,16 +57,20 @@ def rollback(store: Store, registry: Registry, who: str, why: str) -> Promotion:
 
 
 def repair_alias(store: Store, registry: Registry) -> None:
-    """Makes the registry's `champion` say what the store says."""
-    champion = store.champion()
-    wanted = champion.version if champion else None
-    if registry.alias(CHAMPION) != wanted:
+    """Makes the registry's `champion` say what the store says.
+
+    One thread at a time, and each reads the store anew: whoever comes last leaves the newest.
+    """
+    with _repairing:
+        champion = store.champion()
+        wanted = store.model(champion.version) if champion and champion.version is not None else None
         if wanted is None:
             registry.delete_alias(CHAMPION)
-        else:
-            registry.set_alias(CHAMPION, wanted)
-    if wanted is not None and registry.alias(CHALLENGER) == wanted:
-        registry.delete_alias(CHALLENGER)
+            return
+        if registry.alias(CHAMPION) != wanted.version:
+            registry.set_alias(CHAMPION, wanted.version, wanted.adapter_hash)
+        if registry.alias(CHALLENGER) == wanted.version:
+            registry.delete_alias(CHALLENGER)
 
 
 def _champions(lines: Sequence[Promotion]) -> list[int]:

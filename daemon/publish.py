@@ -5,11 +5,12 @@ after a crash finds what is already there.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from daemon import experience, report
+from daemon import report
 from daemon.config import Settings
 from daemon.promote import CHALLENGER
 from storage import artifacts, snapshots
@@ -24,38 +25,53 @@ SERVED_MODEL = Path(__file__).parent / "served_model.py"
 def publish(store: Store, registry: Registry, settings: Settings, cycle: Cycle, folder: Path) -> int:
     """Logs the cycle and registers its adapter; returns the model version. Idempotent.
 
-    Raises `RegistryUnavailable` when MLflow cannot be reached: the verdict is safe in the store, and
-    the cycle stays `decided` until this succeeds.
+    Raises `RegistryError` when MLflow cannot be reached or is not the one that has our versions: the
+    verdict is safe in the store, and the cycle stays `decided` until this succeeds.
     """
     artifacts.verify(folder / "train")
+    if before := store.models():
+        registry.check_has(before[-1].version, before[-1].adapter_hash)
     record = _record(store, settings, cycle, folder)
     version = registry.publish(record)
-    store.add_model(_model(store, cycle, version, folder, settings))
-    registry.log_stream(cycle.id, _stream_metrics(store, cycle), record.matrix)
-    registry.set_alias(CHALLENGER, version)
+    store.add_model(_model(store, cycle, version, record.adapter_hash, folder, settings))
+    registry.log_stream(cycle.id, _stream_metrics(store, cycle, record.metrics), record.matrix)
+    registry.set_alias(CHALLENGER, version, record.adapter_hash)
     return version
 
 
-def parameters(settings: Settings) -> dict[str, str]:
-    """The configuration, flattened for MLflow's parameter table. Locations and passwords stay out of it."""
+def parameters(settings: Settings, used: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, str]:
+    """The configuration, flattened for MLflow's parameter table. Locations and passwords stay out of it.
+
+    `used` is what a cycle was really run with, by section: it wins over a configuration edited since.
+    """
     shown = settings.model_dump(mode="json", exclude={"mlflow", "source", "tasks", "schedule"})
     return {
-        f"{section}.{key}": str(value) for section, values in shown.items() for key, value in values.items()
+        f"{section}.{key}": str((used or {}).get(section, {}).get(key, value))
+        for section, values in shown.items()
+        for key, value in values.items()
     }
 
 
 def _record(store: Store, settings: Settings, cycle: Cycle, folder: Path) -> CycleRecord:
     training = TrainReport.from_json((folder / "train" / "report.json").read_text())
     told = report.cycle_report(store, cycle.id)
-    table = report.matrix(store, cycle_id=cycle.id)
-    verdict = told["verdict"]
+    table = report.Matrix(**told["matrix"])
+    verdict, meta = told["verdict"], _meta(settings, cycle)
+    used = {
+        "model": meta["model"],
+        "lora": meta["lora"],
+        "training": meta["train"],
+        "strategy": meta["strategy"],
+        "evaluation": {"max_new_tokens": meta["max_new_tokens"]},
+        "gate": verdict["thresholds"],
+    }
     words = "\n".join(report.explain(told)) + "\n"
     return CycleRecord(
         cycle_id=cycle.id,
         started_at=cycle.started_at or cycle.requested_at,
         finished_at=store.clock(),
-        params=parameters(settings),
-        tags=_tags(settings, cycle, training, folder),
+        params=parameters(settings, used),
+        tags=_tags(settings, cycle, training),
         curve=tuple(asdict(point) for point in training.curve),
         validation_losses=training.validation_losses,
         metrics=_metrics(store, cycle, training, table),
@@ -70,8 +86,9 @@ def _record(store: Store, settings: Settings, cycle: Cycle, folder: Path) -> Cyc
         predictions=_predictions(store, cycle),
         matrix=Matrix(columns=table.tasks, rows=table.rows, values=table.values),
         adapter_dir=folder / "train" / "adapter",
+        adapter_hash=artifacts.sha256_file(folder / "train" / "adapter" / "adapter_model.safetensors"),
         state_dir=folder / "train" / "state",
-        model_config=_model_config(store, settings, cycle, folder),
+        model_config=_model_config(settings, cycle),
         version_tags={
             "holdfast.verdict": "passed" if verdict["passed"] else "rejected",
             "holdfast.reason": verdict["summary"],
@@ -81,7 +98,7 @@ def _record(store: Store, settings: Settings, cycle: Cycle, folder: Path) -> Cyc
     )
 
 
-def _tags(settings: Settings, cycle: Cycle, training: TrainReport, folder: Path) -> dict[str, str]:
+def _tags(settings: Settings, cycle: Cycle, training: TrainReport) -> dict[str, str]:
     meta = _meta(settings, cycle)
     return {
         "holdfast.snapshot": cycle.snapshot or "",
@@ -90,12 +107,16 @@ def _tags(settings: Settings, cycle: Cycle, training: TrainReport, folder: Path)
         "holdfast.base": meta["model"]["fingerprint"],
         "holdfast.tasks": ",".join(meta["new_tasks"]),
         "holdfast.trigger": cycle.trigger,
-        "holdfast.adapter": artifacts.sha256_file(folder / "train" / "adapter" / "adapter_model.safetensors"),
     }
 
 
 def _metrics(store: Store, cycle: Cycle, training: TrainReport, table: report.Matrix) -> dict[str, float]:
     found = {f"suite/{score.task}/{score.label}": score.score for score in store.scores(cycle.id)}
+    for score in store.scores(cycle.id):
+        if score.label == "candidate":
+            answers = store.predictions(score.model, score.exam).values()
+            found[f"suite/{score.task}/exact_match"] = sum(a.exact_match for a in answers) / len(answers)
+            found[f"suite/{score.task}/token_f1"] = sum(a.token_f1 for a in answers) / len(answers)
     for task, result in report.classification(store, cycle.id).items():
         found[f"suite/{task}/macro_f1"] = result["macro_f1"]
     return {
@@ -108,13 +129,14 @@ def _metrics(store: Store, cycle: Cycle, training: TrainReport, table: report.Ma
     }
 
 
-def _stream_metrics(store: Store, cycle: Cycle) -> dict[str, float]:
+def _stream_metrics(store: Store, cycle: Cycle, metrics: Mapping[str, float | None]) -> dict[str, float]:
     """Forgetting over time, for the chart: what the bot's line of models would be after this cycle."""
+    whole = {name: value for name, value in metrics.items() if "/" not in name and value is not None}
     candidate = {f"suite/{s.task}": s.score for s in store.scores(cycle.id) if s.label == "candidate"}
     verdict = store.verdict(cycle.id)
     return {
         **candidate,
-        **report.matrix(store, cycle_id=cycle.id).metrics(),
+        **whole,
         "promoted": float(bool(verdict and verdict[0])),
     }
 
@@ -138,31 +160,36 @@ def _add_answers(store: Store, score: Score, lines: dict[tuple[str, str], dict[s
         line[f"{score.label}_score"] = predictions[row.hash].score
 
 
-def _model(store: Store, cycle: Cycle, version: int, folder: Path, settings: Settings) -> ModelVersion:
+def _model(
+    store: Store, cycle: Cycle, version: int, adapter_hash: str, folder: Path, settings: Settings
+) -> ModelVersion:
     return ModelVersion(
         version=version,
         cycle_id=cycle.id,
         parent=cycle.parent,
         result=str((folder / "train").relative_to(settings.state_dir)),
-        adapter_hash=artifacts.sha256_file(folder / "train" / "adapter" / "adapter_model.safetensors"),
+        adapter_hash=adapter_hash,
         base=_meta(settings, cycle)["model"]["fingerprint"],
         created_at=store.clock(),
     )
 
 
-def _model_config(store: Store, settings: Settings, cycle: Cycle, folder: Path) -> dict[str, Any]:
+def _model_config(settings: Settings, cycle: Cycle) -> dict[str, Any]:
     """What the served model needs besides the adapter; the keys are those of daemon/served_model.py."""
-    spec = dict(_meta(settings, cycle)["model"])
-    tasks = experience.settle_tasks(store, settings)
+    info = _info(settings, cycle)
+    spec = dict(info["meta"]["model"])
     return {
         "base_path": spec.pop("path"),
         **spec,
-        "tasks": [json.loads(task.to_json()) for task in tasks.values()],
-        "max_new_tokens": settings.evaluation.max_new_tokens,
+        "tasks": info["tasks"],
+        "max_new_tokens": info["meta"]["max_new_tokens"],
     }
 
 
 def _meta(settings: Settings, cycle: Cycle) -> dict[str, Any]:
+    return dict(_info(settings, cycle)["meta"])
+
+
+def _info(settings: Settings, cycle: Cycle) -> dict[str, Any]:
     assert cycle.snapshot is not None
-    meta = snapshots.load(settings.state_dir / "snapshots" / cycle.snapshot).info["meta"]
-    return dict(meta)
+    return snapshots.load(settings.state_dir / "snapshots" / cycle.snapshot).info

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from storage.errors import ControlError
-from storage.records import ModelVersion, Score
+from storage.records import ModelVersion
 from storage.store import Store
 from strategies import metrics, scoring
 from strategies.contract import Record, TaskKind
+
+_FOR_EVER = 2**62  # after every cycle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class Matrix(Record):
 
     Rows are the base and the model versions in the champion's lineage, columns the tasks in the order
     they were first learned. `learned_at[j]` is the row in which task j was first trained on, or None.
+    A column is measured on the rows of the task's first suite version, whatever was added since.
     """
 
     tasks: tuple[str, ...]
@@ -48,16 +51,14 @@ class Matrix(Record):
 def matrix(store: Store, *, cycle_id: int | None = None) -> Matrix:
     """The accuracy matrix of the champion's lineage, or, with `cycle_id`, as it is (or would be) after it.
 
-    Columns show the newest suite version of each task that has been measured; a cell is filled from
-    whichever cycle measured that very model on it.
+    A cell is filled from the newest exam that its model sat, in whichever cycle that was.
     """
     lineage = _lineage(store, cycle_id)
-    scores = [s for s in store.scores() if cycle_id is None or s.cycle_id <= cycle_id]
-    newest = {task: max(s.version for s in scores if s.task == task) for task in {s.task for s in scores}}
-    cells = {(s.model, s.task): s.score for s in scores if s.version == newest[s.task]}
-    first = _first_learned(store, lineage)
-    tasks = sorted(newest, key=lambda task: (first.get(task, len(lineage) + 1), task))
-    keys = [_base_key(scores), *(key for _, key in lineage)]
+    cells = store.comparable_scores(cycle_id if cycle_id is not None else _FOR_EVER)
+    places = {cycle: row for row, (cycle, _) in enumerate(lineage, start=1)}
+    first = {task: places[cycle] for task, cycle in store.first_learned(list(places)).items()}
+    tasks = sorted({task for _, task in cells}, key=lambda task: (first.get(task, len(lineage) + 1), task))
+    keys = [_base_key(store, cycle_id), *(key for _, key in lineage)]
     return Matrix(
         tasks=tuple(tasks),
         rows=("base", *(f"cycle {cycle}" for cycle, _ in lineage)),
@@ -93,7 +94,7 @@ def explain(report: dict[str, Any]) -> list[str]:
     ]
     if rows["train"]:
         start = "the base model" if cycle["parent"] is None else f"version {cycle['parent']}"
-        replayed = f", with {rows['replay']} remembered rows to replay" if rows["replay"] else ""
+        replayed = f", rehearsing {rows['replay']} remembered ones" if rows["replay"] else ""
         lines.append(f"It learned {rows['train']} new rows on top of {start}{replayed}.")
     if verdict:
         suites = {s["reason"]: f"  {'new' if s['new'] else 'old'}  {s['reason']}" for s in verdict["suites"]}
@@ -145,15 +146,8 @@ def _ancestors(models: dict[int, ModelVersion], version: int | None) -> list[tup
     return line[::-1]
 
 
-def _first_learned(store: Store, lineage: list[tuple[int, str]]) -> dict[str, int]:
-    first: dict[str, int] = {}
-    for row, (cycle, _) in enumerate(lineage, start=1):
-        for task in store.cycle_tasks(cycle):
-            first.setdefault(task, row)
-    return first
-
-
-def _base_key(scores: list[Score]) -> str:
+def _base_key(store: Store, cycle_id: int | None) -> str:
+    scores = store.scores(cycle_id)
     return next((s.model for s in reversed(scores) if s.label == "base"), "base")
 
 

@@ -76,7 +76,7 @@ class Service:
         self._told = ""
         self._pinged = 0.0
         flight = Flight(store, self._make_runner, housekeeping=self._repair_alias)
-        registry = operations.open_registry(settings)
+        registry = operations.open_registry(settings, store)
         self._daemon = Daemon(
             settings=settings, store=store, registry=registry, flight=flight, facts=self._facts
         )
@@ -249,7 +249,7 @@ class Service:
             log.error("config not reloaded, the old one stays: %s", error, extra={"action": "reload-refused"})
         else:
             self._config_problem = None
-            self._daemon.registry = operations.open_registry(settings)
+            self._daemon.registry = operations.open_registry(settings, self._daemon.store)
             self._daemon.settings = settings
             self._plan()
             self._seen()

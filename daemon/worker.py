@@ -129,7 +129,7 @@ def describe(error: BaseException) -> dict[str, str]:
         message = f"memory ran out ({first_line}); lower training.batch_size and raise training.accumulation"
     else:
         message = f"{type(error).__name__}: {first_line}"
-    return {"type": "WorkerError", "message": message}
+    return {"type": "StageError", "message": message}
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

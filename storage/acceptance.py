@@ -5,11 +5,11 @@ Pure functions on rows and on what the store has looked up; touches no database.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 
 from storage.records import Rejected, StoredRow, rejection_hash
-from storage.rows import Row, Split, derive_split
+from storage.rows import Row, Split, derive_split, normalise
 
 
 def sort_out(
@@ -53,6 +53,17 @@ def sort_out(
             )
         )  # fmt: skip
     return fresh, rejected
+
+
+def spelled_alike(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """The rows with each task under its first spelling: `Billing` and `billing` are one task."""
+    first = {normalise(name): name for name in names}
+    return [
+        row
+        if (name := first.setdefault(normalise(row.task), row.task)) == row.task
+        else replace(row, task=name)
+        for row in rows
+    ]
 
 
 def _derive(question_key: str, shares: tuple[float, float] | None) -> Split:

@@ -59,6 +59,10 @@ class WorkerError(HoldfastError):
     """The training process ended without a result."""
 
 
+class StageError(HoldfastError):
+    """A stage of the cycle failed and would fail again."""
+
+
 class Interrupted(HoldfastError):
     """Work was asked to stop; everything done so far is kept and continues at the next start."""
 

@@ -3,23 +3,35 @@
 One bad line never spoils a file: what cannot be taken apart is handed on as text with its problem, for
 the quarantine. Text formats are read line by line here, because DuckDB's readers give up the whole file
 at a broken line, guess types (the answer "2024-01-01" would come back as a timestamp) and lose the text of
-what they skip. Parquet, which has none of that, is read by DuckDB. Stores and judges nothing.
+what they skip. Parquet, which has none of that, is read by DuckDB, with pyarrow to help it past text that
+is not UTF-8. Stores and judges nothing.
 """
 
 import csv
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from storage.errors import SourceError
 from storage.sources import REQUIRED, Columns, RawRow, listed, quote
 
-_LONGEST_LINE = 16 * 1024 * 1024  # bytes; more than that in one line is no row
+_LONGEST_LINE = 16 * 1024 * 1024  # bytes (in CSV characters); more than that in one line is no row
+# Characters that a CSV record of several lines may have. An open quote is followed no further, so that it
+# costs neither the time nor the memory of the whole file. The intake takes a million characters at most,
+# and written in quotes they are two million at worst.
+_LONGEST_RECORD = 2 * 1024 * 1024
+_SHOWN = 4096  # of a line that is handed on as text only because it is broken
 _DELIMITERS = {".csv": (",", ";", "\t", "|"), ".tsv": ("\t",)}
+_PARQUET_ROWS = 1000  # at a time
+# Without these pyarrow ends up with all columns of the file in memory.
+_PARQUET_FRUGALLY: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1024 * 1024}
 _IN_MEMORY = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 
 
@@ -52,7 +64,7 @@ def _batches(path: Path, columns: Columns, batch_rows: int) -> Iterator[list[Raw
             yield batch
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from None
-    except duckdb.Error as error:
+    except (duckdb.Error, pa.ArrowException) as error:
         raise SourceError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
@@ -90,7 +102,7 @@ def _json_lines(path: Path) -> Iterator[_Found]:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if len(line) >= _LONGEST_LINE and not line.endswith(b"\n"):
                 _skip_line(file)
-                yield where, None, _decode(line[:4096]), f"the line is longer than {_LONGEST_LINE} bytes"
+                yield where, None, _decode(line[:_SHOWN]), f"the line is longer than {_LONGEST_LINE} bytes"
             elif line.strip():
                 yield where, *_parse(_decode(line.strip()))
 
@@ -159,41 +171,115 @@ def _read_csv(path: Path, columns: Columns) -> Iterator[RawRow]:
         raise SourceError(f"{path} is UTF-16; save it as UTF-8")
     if not start:
         return iter(())
-    choices = [(delimiter, _header(path, delimiter)) for delimiter in _DELIMITERS[path.suffix.lower()]]
-    delimiter, header = max(choices, key=lambda c: (_required_in(columns, c[1]), len(c[1])))
+    delimiter, header = _header(path, columns)
     found = match(columns, header)
     _require(path, found, header)
     places = {field: header.index(name) for field, name in found.items()}
     return _csv_rows(path, delimiter, len(header), places)
 
 
-def _header(path: Path, delimiter: str) -> list[str]:
-    with _open_csv(path) as file:
-        try:
-            return next(csv.reader(file, delimiter=delimiter), [])
-        except csv.Error as error:
-            raise SourceError(f"{path} has no readable header: {error}") from None
+def _header(path: Path, columns: Columns) -> tuple[str, list[str]]:
+    choices: list[tuple[str, list[str]]] = [("", [])]
+    problem = ""
+    for delimiter in _DELIMITERS[path.suffix.lower()]:
+        with _open_csv(path) as file:
+            try:
+                choices.append((delimiter, next(_csv_reader(_CsvLines(file), delimiter), [])))
+            except csv.Error as error:
+                problem = problem or _in_words(error)
+    delimiter, header = max(choices, key=lambda c: (_required_in(columns, c[1]), len(c[1])))
+    if problem and len(header) < 2:  # no other delimiter made sense of it
+        raise SourceError(f"{path} has no readable header: {problem}")
+    return delimiter, header
 
 
-def _open_csv(path: Path) -> Any:
-    csv.field_size_limit(_LONGEST_LINE)
+def _open_csv(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _csv_reader(lines: "_CsvLines", delimiter: str) -> Iterator[list[str]]:
+    """Strict: a quote in the middle of a quoted text mostly means that an earlier one was not closed,
+    and reading over it would make one row of many."""
+    csv.field_size_limit(_LONGEST_LINE)
+    return csv.reader(lines, delimiter=delimiter, strict=True)
+
+
+class _CsvLines:
+    """The physical lines of a CSV file, for `csv.reader`, which asks for a record's second line only
+    while a quote is open.
+
+    When no end is found to the quote, its first line alone is given up and the others are read again. That
+    at most doubles the work: a look-ahead ends at the next line that could start another, because what
+    opens a quote outside of quotes is an error or an end inside.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self.start = 1  # number of the record's first line
+        self._file = file
+        self._record: list[str] = []
+        self._length = 0
+        self._again: deque[str] = deque()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self._length > _LONGEST_RECORD:
+            raise csv.Error(f"a quote opened in this line is not closed within {_LONGEST_RECORD} characters")
+        line = self._again.popleft() if self._again else self._read()
+        if not line and self._record:
+            raise csv.Error("a quote opened in this line is never closed")
+        if not line:
+            raise StopIteration
+        self._record.append(line)
+        self._length += len(line)
+        if len(line) >= _LONGEST_LINE and not _ends(line):
+            raise csv.Error(f"the line is longer than {_LONGEST_LINE} characters")
+        return line
+
+    def next_record(self) -> None:
+        self.start += len(self._record)
+        self._record = []
+        self._length = 0
+
+    def give_up(self) -> str:
+        """The record's first line, as text; the others will be read as records of their own."""
+        first, *others = self._record
+        self._record = [first]
+        self._again.extendleft(reversed(others))
+        return first[:_SHOWN].rstrip("\r\n")
+
+    def _read(self) -> str:
+        line = rest = self._file.readline(_LONGEST_LINE)
+        while len(rest) >= _LONGEST_LINE and not _ends(rest):
+            rest = self._file.readline(_LONGEST_LINE)
+        return line
+
+
+def _ends(line: str) -> bool:
+    return line.endswith(("\n", "\r"))
+
+
+def _in_words(error: csv.Error) -> str:
+    said = str(error)
+    return f"the quotes do not match: {said}" if "expected after" in said else said
 
 
 def _csv_rows(path: Path, delimiter: str, width: int, places: dict[str, int]) -> Iterator[RawRow]:
     with _open_csv(path) as file:
-        reader = csv.reader(file, delimiter=delimiter)
+        lines = _CsvLines(file)
+        reader = _csv_reader(lines, delimiter)
         next(reader)
         while True:
-            start = reader.line_num + 1
+            lines.next_record()
+            where = f"{path.name} line {lines.start}"
             try:
                 record = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield RawRow(values={}, location=f"{path.name} line {start}", problem=str(error))
+                yield RawRow(values={"text": lines.give_up()}, location=where, problem=_in_words(error))
                 continue
-            where = f"{path.name} line {start}"
             if not any(value.strip() for value in record):
                 continue  # blank lines, and the empty rows that spreadsheets leave at the end
             if len(record) != width:
@@ -218,15 +304,49 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[RawRow]:
         header = [line[0] for line in described]
         found = match(columns, header)
         _require(path, found, header)
-        selected = ", ".join(quote(name) for name in found.values())
+        rows = _parquet_rows(connection, path, literal, list(found.values()))
+        for number, values in enumerate(rows, 1):
+            yield RawRow(values=dict(zip(found, values, strict=True)), location=f"{path.name} row {number}")
+
+
+def _parquet_rows(connection: Any, path: Path, literal: str, names: list[str]) -> Iterator[tuple[Any, ...]]:
+    """By DuckDB, until it refuses the file for one text that is not UTF-8; from there on by pyarrow."""
+    done = 0
+    try:
+        selected = ", ".join(map(quote, names))
         connection.execute(f"SELECT {selected} FROM read_parquet(?)", [literal])
-        number = 0
-        while rows := connection.fetchmany(1000):
-            for values in rows:
-                number += 1
-                yield RawRow(
-                    values=dict(zip(found, values, strict=True)), location=f"{path.name} row {number}"
-                )
+        while rows := connection.fetchmany(_PARQUET_ROWS):
+            yield from rows
+            done += len(rows)
+        return
+    except duckdb.InvalidInputException:  # of a damaged file too, which pyarrow then refuses in its turn
+        with pq.ParquetFile(path, coerce_int96_timestamp_unit="us", **_PARQUET_FRUGALLY) as file:
+            if not set(names) <= set(file.schema_arrow.names):  # DuckDB tells columns of one name apart
+                raise
+            yield from islice(_unchecked_rows(connection, file, names), done, None)
+
+
+def _unchecked_rows(connection: Any, file: Any, names: list[str]) -> Iterator[tuple[Any, ...]]:
+    """What DuckDB makes of the columns, except that text may be bytes, which the intake judges."""
+    for batch in file.iter_batches(_PARQUET_ROWS, columns=names):
+        columns = [batch.column(batch.schema.names.index(name)) for name in names]
+        text = [_is_text(column.type) for column in columns]
+        plain = [c.cast(pa.large_binary()) if t else c for c, t in zip(columns, text, strict=True)]
+        table = pa.table(plain, names=[str(place) for place in range(len(names))])
+        for values in connection.from_arrow(table).fetchall():
+            yield tuple(_as_text(v) if t else v for v, t in zip(values, text, strict=True))
+
+
+def _is_text(kind: Any) -> bool:
+    kind = getattr(kind, "storage_type", kind)  # JSON is text of a special type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _as_text(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 # -- columns -------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ The only module that imports MLflow (with daemon/served_model.py). It records an
 it imports no torch: models are saved as code plus files, without loading them.
 
 Everything may be repeated after a crash. A cycle counts as published when its model version exists:
-that is one transaction, and the version carries the cycle's number. Whatever an interrupted attempt
-left before that is removed and written again.
+that is one transaction, and the version carries the store, the cycle and the adapter that it was made
+of. A cycle of the same number is another one where the store is new, or was put back from a backup.
+Whatever an interrupted attempt left before that is removed and written again.
 """
 
 import json
@@ -26,7 +27,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from storage import runs
-from storage.errors import RegistryError, RegistryUnavailable
+from storage.errors import IntegrityError, RegistryError, RegistryUnavailable
 from storage.reach import absolute, is_server, obstacle, redact
 from storage.runs import CycleRecord, Matrix, Point
 
@@ -34,7 +35,9 @@ __all__ = ["CycleRecord", "Matrix", "Registry"]
 
 logger = logging.getLogger(__name__)
 
+STORE_TAG = "holdfast.store"
 CYCLE_TAG = "holdfast.cycle"
+ADAPTER_TAG = "holdfast.adapter"  # SHA-256 of its weights
 STREAM_TAG = "holdfast.stream"
 REASON_TAG = "holdfast.reason"  # why a cycle failed, or why a version was rejected
 MODEL_DIR = "model"  # in the run's artifacts
@@ -77,9 +80,12 @@ _PASSING = frozenset(
 class Registry:
     """One bot's experiment and registered model, both named after it."""
 
-    def __init__(self, tracking_uri: str, bot: str, artifact_root: Path, served_model: Path) -> None:
+    def __init__(
+        self, tracking_uri: str, bot: str, artifact_root: Path, served_model: Path, *, store_id: str
+    ) -> None:
         """Touches nothing yet. `artifact_root` is used where no server decides on the place."""
         self._uri = absolute(tracking_uri)
+        self._store_id = store_id
         self._bot = bot
         self._artifact_root = artifact_root.absolute()
         self._served_model = served_model
@@ -102,7 +108,7 @@ class Registry:
     def publish(self, record: CycleRecord) -> int:
         """The version of the cycle: its run and its model, written once however often this is called."""
         with self._mlflow() as (client, experiment):
-            done = self._find_version(client, record.cycle_id)
+            done = self._find_version(client, record.cycle_id, record.adapter_hash)
             if done is None:
                 self._remove_runs(client, experiment, record.cycle_id)
                 done = self._write(client, experiment, record)
@@ -129,8 +135,7 @@ class Registry:
         with self._mlflow() as (client, experiment):
             if self._find_version(client, cycle_id) is not None:
                 return
-            found = self._runs(client, experiment, CYCLE_TAG, str(cycle_id))
-            if any(run.info.status == "FAILED" for run in found):
+            if self._runs(client, experiment, {CYCLE_TAG: str(cycle_id)}, "attributes.status = 'FAILED'"):
                 return
             self._remove_runs(client, experiment, cycle_id)
             tags = {**(tags or {}), REASON_TAG: reason, "mlflow.note.content": reason}
@@ -155,10 +160,19 @@ class Registry:
                     runs.write_matrix(folder, matrix)
                     client.log_artifacts(run_id, str(folder))
 
-    def set_alias(self, alias: str, version: int) -> None:
-        """Moves the alias; readers see the old version or the new one."""
+    def set_alias(self, alias: str, version: int, adapter_hash: str) -> None:
+        """Moves the alias; readers see the old version or the new one.
+
+        Raises `RegistryError` when the version there holds another adapter than ours.
+        """
         with self._mlflow() as (client, _):
+            self._check_is(client, version, adapter_hash)
             client.set_registered_model_alias(self._bot, alias, str(version))
+
+    def check_has(self, version: int, adapter_hash: str) -> None:
+        """Raises `RegistryError` when the version is not there, or holds another adapter than ours."""
+        with self._mlflow() as (client, _):
+            self._check_is(client, version, adapter_hash)
 
     def alias(self, alias: str) -> int | None:
         """The version that the alias points to."""
@@ -238,21 +252,38 @@ class Registry:
 
     # --- runs and versions ------------------------------------------------------------------
 
-    def _find_version(self, client: Any, cycle_id: int) -> Any:
-        found = client.search_model_versions(f"name = '{self._bot}' and tags.`{CYCLE_TAG}` = '{cycle_id}'")
+    def _find_version(self, client: Any, cycle_id: int, adapter_hash: str | None = None) -> Any:
+        """The oldest version of our cycle, with that adapter if one is named."""
+        tags = self._ours({CYCLE_TAG: str(cycle_id)} | ({ADAPTER_TAG: adapter_hash} if adapter_hash else {}))
+        found = client.search_model_versions(f"name = '{self._bot}' and {tags}")
         return min(found, key=lambda v: int(v.version), default=None)
 
-    def _runs(self, client: Any, experiment: str, tag: str, value: str) -> list[Any]:
-        return list(
-            client.search_runs([experiment], f"tags.`{tag}` = '{value}'", order_by=["start_time ASC"])
+    def _check_is(self, client: Any, version: int, adapter_hash: str) -> None:
+        found = client.search_model_versions(
+            f"name = '{self._bot}' and {self._ours({ADAPTER_TAG: adapter_hash})}"
         )
+        if str(version) not in {str(one.version) for one in found}:
+            raise RegistryError(
+                f"MLflow at {self.shown_uri} does not have version {version} of {self._bot} as this bot "
+                "trained it; set mlflow.tracking_uri back to where the bot's versions are"
+            )
+
+    def _runs(self, client: Any, experiment: str, tags: Mapping[str, str], condition: str = "") -> list[Any]:
+        wanted = self._ours(tags) + (f" and {condition}" if condition else "")
+        return list(client.search_runs([experiment], wanted, order_by=["start_time ASC"]))
+
+    def _ours(self, tags: Mapping[str, str]) -> str:
+        """A filter for things of this store with these tags."""
+        return " and ".join(f"tags.`{k}` = '{v}'" for k, v in {STORE_TAG: self._store_id, **tags}.items())
 
     def _remove_runs(self, client: Any, experiment: str, cycle_id: int) -> None:
         """What an interrupted attempt left: the files first, so that a second interruption finds the rest.
 
         Files on a remote store are left to `mlflow gc`, which knows that deleted runs may go.
         """
-        for run in self._runs(client, experiment, CYCLE_TAG, str(cycle_id)):
+        for run in self._runs(
+            client, experiment, {CYCLE_TAG: str(cycle_id)}, "attributes.status = 'RUNNING'"
+        ):
             place = urlsplit(run.info.artifact_uri)
             folder = Path(unquote(place.path)).parent  # the run's own; the URI ends in /artifacts
             if place.scheme in ("", "file") and folder.parent == self._artifact_root / self._bot:
@@ -264,7 +295,7 @@ class Registry:
 
     def _write(self, client: Any, experiment: str, record: CycleRecord) -> Any:
         if not record.adapter_dir.is_dir():
-            raise RegistryError(f"there is no adapter at {record.adapter_dir}; run a new cycle")
+            raise IntegrityError(f"there is no adapter at {record.adapter_dir}; run a new cycle")
         tags = {**record.tags, "mlflow.note.content": record.description}
         if record.predictions:
             tags["mlflow.loggedArtifacts"] = json.dumps([{"path": runs.PREDICTIONS, "type": "table"}])
@@ -277,13 +308,18 @@ class Registry:
             self._save_model(folder / MODEL_DIR, run_id, record)
             client.log_artifacts(run_id, str(folder))
         self._ensure_model(client)
-        version_tags = {**record.version_tags, CYCLE_TAG: str(record.cycle_id)}
+        version_tags = {
+            **record.version_tags,
+            STORE_TAG: self._store_id,
+            CYCLE_TAG: str(record.cycle_id),
+            ADAPTER_TAG: record.adapter_hash,
+        }
         return client.create_model_version(
             self._bot,
             source=f"{run.info.artifact_uri}/{MODEL_DIR}",
             run_id=run_id,
             tags=runs.tags(version_tags),
-            description=record.description or None,
+            description=runs.tag(record.description) or None,
         )
 
     @contextmanager
@@ -305,7 +341,7 @@ class Registry:
         tags: Mapping[str, str],
         started_at: datetime | None,
     ) -> Any:
-        own = {CYCLE_TAG: str(cycle_id), "mlflow.source.name": "holdfast"}
+        own = {STORE_TAG: self._store_id, CYCLE_TAG: str(cycle_id), "mlflow.source.name": "holdfast"}
         return client.create_run(
             experiment,
             run_name=f"cycle-{cycle_id}",
@@ -319,10 +355,10 @@ class Registry:
             client.set_terminated(run_id, status, runs.milliseconds(at))
 
     def _stream_run(self, client: Any, experiment: str) -> str:
-        found = self._runs(client, experiment, STREAM_TAG, "true")
+        found = self._runs(client, experiment, {STREAM_TAG: "true"})
         if found:
             return str(found[0].info.run_id)
-        tags = {STREAM_TAG: "true", "mlflow.source.name": "holdfast"}
+        tags = {STORE_TAG: self._store_id, STREAM_TAG: "true", "mlflow.source.name": "holdfast"}
         return str(client.create_run(experiment, run_name="stream", tags=tags).info.run_id)
 
     def _ensure_model(self, client: Any) -> None:

@@ -12,7 +12,8 @@ from datetime import datetime
 from enum import StrEnum
 
 _SPACES = re.compile(r"\s+")
-_SEPARATOR = "\x1f"  # cannot survive normalisation, so no field can imitate a boundary
+_INVISIBLE = frozenset({"Cc", "Cf", "Cs"})  # control, format, surrogate
+_SEPARATOR = "\x1f"  # white space to Python: cannot survive normalisation, so no field imitates a boundary
 
 
 class Split(StrEnum):
@@ -40,11 +41,15 @@ SPLIT_NAMES = {
 
 
 def normalise(text: str) -> str:
-    """Unicode NFKC, case-folded, runs of white space as one space, control characters gone."""
+    """Unicode NFKC, case-folded, runs of white space as one space, invisible characters gone.
+
+    Unassigned characters are kept: a newer Python, to which they are assigned, keeps them too, and the
+    same row must not get another hash and split by that.
+    """
     if text.isascii() and text.isprintable():  # most text, and twelve times faster; the same result
         return " ".join(text.lower().split())
     text = unicodedata.normalize("NFKC", text).casefold()
-    text = "".join(c for c in text if c.isspace() or unicodedata.category(c)[0] != "C")
+    text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE)
     return _SPACES.sub(" ", text).strip()
 
 

@@ -44,6 +44,7 @@ class CycleRecord:
     started_at: datetime
     finished_at: datetime
     adapter_dir: Path
+    adapter_hash: str  # SHA-256 of its weights
     model_config: Mapping[str, Any]
     state_dir: Path | None = None
     params: Mapping[str, str] = field(default_factory=dict)

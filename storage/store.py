@@ -7,14 +7,16 @@ once and in one split, a cycle along its arrows, no gate promotion without a pas
 """
 
 import json
+import uuid
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from storage import bulk
-from storage.acceptance import sort_out
+from storage.acceptance import sort_out, spelled_alike
 from storage.database import Database
 from storage.errors import IntegrityError, StoreError
 from storage.records import (
@@ -37,6 +39,8 @@ from storage.records import (
 )
 from storage.rows import Row, Split
 
+_ID = "store_id"  # the key in meta
+
 
 class Store:
     """The store of one bot. Safe to call from several threads; held by one process at a time."""
@@ -51,10 +55,22 @@ class Store:
 
         Raises `StoreBusy` when another process holds it, `StoreError` when it cannot be used.
         """
-        return cls(Database.open(Path(path), now=clock(), read_only=read_only), clock)
+        store = cls(Database.open(Path(path), now=clock(), read_only=read_only), clock)
+        if not read_only and store.get_meta(_ID) is None:
+            store.set_meta(_ID, uuid.uuid4().hex)
+        return store
 
     def close(self) -> None:
         self._db.close()
+
+    @property
+    def id(self) -> str:
+        """What tells this store from every other one: numbers of cycles begin at 1 in each."""
+        return self.get_meta(_ID) or ""
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """Several changes as one; nothing comes in between."""
+        return self._db.transaction()
 
     def __enter__(self) -> Self:
         return self
@@ -75,6 +91,7 @@ class Store:
         question takes the split that its content gives with `shares` (validation, suite).
         """
         with self._db.transaction():
+            rows = spelled_alike(rows, [name for (name,) in self._db.rows("task_names")])
             keyed = [(row, row.hash, row.key, row.question_key) for row in rows]
             answers, splits = self.lookup_keys([k[2] for k in keyed], [k[3] for k in keyed])
             fresh, rejected = sort_out(
@@ -132,12 +149,25 @@ class Store:
             counts.setdefault(task, {})[Split(split)] = count
         return counts
 
+    def answer_shape(self, task: str) -> tuple[int, int, int]:
+        """Of the task's answers outside the suite: how many, how many different, words of the longest."""
+        rows, distinct, words = self._db.rows("answer_shape", task=task)[0]
+        return rows, distinct, words
+
+    def answers(self, task: str) -> list[str]:
+        """The task's different answers outside the suite, sorted."""
+        return [row[0] for row in self._db.rows("answers", task=task)]
+
     def task_rows(self, task: str, split: Split) -> list[StoredRow]:
         return self._db.all(bulk.row, "task_rows", task=task, split=split)
 
     def pending(self, lineage: Sequence[int]) -> list[StoredRow]:
         """Training rows that no cycle of the lineage has trained on, in order of acceptance."""
         return self._db.all(bulk.row, "pending", split=Split.TRAIN, lineage=list(lineage))
+
+    def pending_count(self, lineage: Sequence[int]) -> int:
+        """How many training rows `pending` would give."""
+        return int(self._db.value("pending_count", split=Split.TRAIN, lineage=list(lineage)))
 
     def pending_validation(self, lineage: Sequence[int]) -> list[StoredRow]:
         """Validation rows that no cycle of the lineage has watched, in order of acceptance."""
@@ -282,9 +312,13 @@ class Store:
         """Hashes of the rows of a cycle, by role and hash."""
         return [row[0] for row in self._db.rows("cycle_rows", cycle_id=cycle_id, role=role)]
 
-    def cycle_tasks(self, cycle_id: int) -> list[str]:
-        """The tasks that a cycle trained on new rows of, sorted."""
-        return [row[0] for row in self._db.rows("cycle_tasks", cycle_id=cycle_id)]
+    def first_learned(self, lineage: Sequence[int]) -> dict[str, int]:
+        """The tasks that cycles of a lineage trained on, each with the first of them."""
+        return dict(self._db.rows("first_learned", lineage=list(lineage)))
+
+    def is_cancelled(self, cycle_id: int) -> bool:
+        """Whether somebody asked for the cycle's end; it outlives the daemon that was told."""
+        return bool(self._db.value("is_cancelled", cycle_id=cycle_id))
 
     def verdict(self, cycle_id: int) -> tuple[bool, str] | None:
         """Whether the cycle's candidate passed, and the whole verdict as JSON."""
@@ -402,6 +436,14 @@ class Store:
 
     def scores(self, cycle_id: int | None = None) -> list[Score]:
         return self._db.all(Score, "scores", cycle_id=cycle_id)
+
+    def comparable_scores(self, upto: int) -> dict[tuple[str, str], float]:
+        """(model, task) to the mean score in the newest exam that it sat up to a cycle.
+
+        Over the rows of the task's first suite version, which every later version contains: models that
+        sat different versions are compared on the same rows.
+        """
+        return {(model, task): mean for model, task, mean in self._db.rows("comparable_scores", upto=upto)}
 
     # -- events and meta -------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ class Course:
     best_epoch: int | None = None
     curve: list[CurvePoint] = field(default_factory=list)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     resumed: int = 0
     notes: list[str] = field(default_factory=list)
 

@@ -244,10 +244,12 @@ class TrainReport(Record):
     epochs: int
     stopped_early: bool
     seconds: float  # of training, all resumed parts together
+    cpu_seconds: float  # of all threads: what a busy neighbour changes least
     final_loss: float
     validation_losses: tuple[float, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     resumed: int = 0  # how often it continued from a checkpoint
+    rehearsed: tuple[str, ...] = ()  # hashes of the remembered rows that were drawn, sorted
     memory_rows: int = 0  # rows in the replay memory afterwards
     state_bytes: int = 0
     trainable_parameters: int = 0
@@ -260,6 +262,7 @@ class TrainReport(Record):
                 **values,
                 "validation_losses": tuple(values["validation_losses"]),
                 "curve": tuple(CurvePoint.from_dict(p) for p in values["curve"]),
+                "rehearsed": tuple(values.get("rehearsed", ())),
                 "notes": tuple(values["notes"]),
             }
         )

@@ -74,9 +74,10 @@ class Learner(SGDUpdate, BaseSGDTemplate):
         self.penalty = self.loss
         self.total_steps = 0
         self.replay_rows = 0  # in an epoch
+        self.rehearsed: set[str] = set()  # remembered rows that were drawn
         self.last_pass = False
         self._saved: dict[str, Tensor] | None = None
-        self._mark = time.monotonic()
+        self._mark, self._cpu_mark = time.monotonic(), time.process_time()
         self._begun_at = (0, 0.0)  # steps and seconds when this process took over
 
     # For methods.
@@ -117,6 +118,8 @@ class Learner(SGDUpdate, BaseSGDTemplate):
             self.training_epoch(**kwargs)
             self._after_training_epoch(**kwargs)
             self._finish_epoch()
+        drawn = (row for epoch in range(self.course.epoch) for row in self.dataloader.rows(epoch))
+        self.rehearsed = {row.row_hash for row in drawn if row.replayed}
         if self.best:
             checkpoint.put(trainable(self.model), self.best)
 
@@ -277,14 +280,16 @@ class Learner(SGDUpdate, BaseSGDTemplate):
             self.best = {n: t.to(self.device) for n, t in checkpoint.under("best/", self._saved).items()}
             checkpoint.restore_random_states(checkpoint.under("random/", self._saved), self.device)
             self._saved = None
-        self._mark = time.monotonic()
+        self._mark, self._cpu_mark = time.monotonic(), time.process_time()
         self._begun_at = (self.course.steps, self.course.seconds)
 
     def count_time(self) -> float:
         """Seconds since the last call, which are added to the training's."""
-        now = time.monotonic()
+        now, cpu = time.monotonic(), time.process_time()
         seconds, self._mark = now - self._mark, now
         self.course.seconds += seconds
+        self.course.cpu_seconds += cpu - self._cpu_mark
+        self._cpu_mark = cpu
         return seconds
 
 
@@ -349,6 +354,7 @@ def _run(job: TrainJob, checkpoints: Checkpoints, tell: Tell, should_stop: Calla
             course=learner.course,
             rows=len(experience.new),
             replay_rows=learner.replay_rows,
+            rehearsed=learner.rehearsed,
         )
 
 

@@ -3,7 +3,7 @@
 Writes into a folder that the caller makes complete; knows the methods only as a catalogue does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from torch.nn import Module
@@ -25,6 +25,7 @@ def write(
     course: Course,
     rows: int,
     replay_rows: int,
+    rehearsed: Collection[str],
 ) -> None:
     parts = result_files(folder)
     save_adapter(model, parts["adapter"])
@@ -40,10 +41,12 @@ def write(
         epochs=course.epoch,
         stopped_early=course.epoch < job.train.epochs,
         seconds=course.seconds,
+        cpu_seconds=course.cpu_seconds,
         final_loss=_last_epoch_loss(course),
         validation_losses=tuple(course.validation_losses),
         curve=tuple(course.curve),
         resumed=course.resumed,
+        rehearsed=tuple(sorted(rehearsed)),
         memory_rows=len(memory_hashes(parts["state"])),
         state_bytes=sum(path.stat().st_size for path in parts["state"].iterdir()),
         trainable_parameters=sum(p.numel() for p in trainable(model).values()),

@@ -20,7 +20,7 @@ from daemon.config import Settings
 from daemon.cycle import CycleRunner
 from daemon.executor import OnProgress, Stop
 from storage.errors import Interrupted
-from storage.records import Cycle
+from storage.records import Cycle, State
 from storage.registry import Registry
 from storage.store import Store
 from strategies.contract import EvaluateJob, PreparedBase, PrepareJob, TrainJob, TrainReport
@@ -107,7 +107,7 @@ class Bot:
         """As after a restart: nothing survives but what is on disk."""
         self.store.close()
         self.store = Store.open(self.settings.store_path, clock=self.clock)
-        self.registry = open_registry(self.settings)
+        self.registry = operations.open_registry(self.settings, self.store)
 
     def collect(self, rows: Iterable[tuple[str, str, str, str, str]]) -> None:
         collect(self.home / "qa.duckdb", rows)
@@ -154,7 +154,7 @@ def make_bot(home: Path, base: Path | None = None, **overrides: object) -> Bot:
         shutil.copy(fresh_mlflow(), settings.state_dir / "mlflow.db")
     clock = Clock()
     store = Store.open(settings.store_path, clock=clock)
-    registry = open_registry(settings)
+    registry = operations.open_registry(settings, store)
     return Bot(
         home=home, settings=settings, clock=clock, executor=InlineExecutor(), store=store, registry=registry
     )
@@ -165,12 +165,10 @@ def fresh_mlflow() -> Path:
     """An MLflow database as MLflow makes it: its migrations take seconds, so they run once."""
     folder = Path(tempfile.mkdtemp(prefix="holdfast-tests-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    Registry(f"sqlite:///{folder / 'mlflow.db'}", "template", folder, Path("unused")).check()
+    Registry(
+        f"sqlite:///{folder / 'mlflow.db'}", "template", folder, Path("unused"), store_id="template"
+    ).check()
     return folder / "mlflow.db"
-
-
-def open_registry(settings: Settings) -> Registry:
-    return operations.open_registry(settings)
 
 
 def collect(path: Path, rows: Iterable[tuple[str, str, str, str, str]]) -> None:
@@ -191,3 +189,18 @@ def lesson(
         (f"{task}-{n}", task, f"which one is {task} {n}", answers[n % len(answers)], split)
         for n, split in enumerate(splits)
     ]
+
+
+def two_promoted(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    assert bot.run().state is State.PROMOTED
+    bot.collect(lesson("flavours", FLAVOURS))
+    assert bot.run().state is State.PROMOTED
+
+
+def make_bot_again(bot: Bot, base: Path, **overrides: object) -> Bot:
+    """The same bot under another configuration, as after an edit and a restart."""
+    bot.store.close()
+    other = make_bot(bot.home, base, **overrides)
+    bot.store = other.store
+    return other

@@ -1,7 +1,31 @@
-"""What holds for all tests."""
+"""What holds for all tests, and a whole bot for those that want one."""
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from tests.bots import Bot
 
 # Machines are shared and noisy: how long an example takes says nothing about the code.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.toys import tiny_base
+
+    return tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def bot(tmp_path: Path, base: Path) -> "Iterator[Bot]":
+    from tests.bots import make_bot
+
+    made = make_bot(tmp_path, base)
+    yield made
+    made.store.close()

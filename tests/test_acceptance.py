@@ -92,8 +92,13 @@ def check_invariants(home: Path, adapter_hash: str) -> None:
         assert store.pending(store.lineage(1)) == []
         for score in store.scores():
             assert len(store.predictions(score.model, score.exam)) == 8
+        store_id = store.id
     registry = Registry(
-        f"sqlite:///{home / 'state/mlflow.db'}", "test-bot", home / "state/artifacts", Path("x")
+        f"sqlite:///{home / 'state/mlflow.db'}",
+        "test-bot",
+        home / "state/artifacts",
+        Path("x"),
+        store_id=store_id,
     )
     assert registry.alias("champion") == registry.version_of(1) == 1
     artifacts.verify(home / "state/cycles/1/train")

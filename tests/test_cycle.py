@@ -1,36 +1,16 @@
 """The cycle with everything real but the process boundary: every ending, every restart."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from daemon import promote, report
 from daemon.executor import Stop
-from storage.errors import IntegrityError, Interrupted, WorkerError
+from storage.errors import IntegrityError, Interrupted, StageError, WorkerError
 from storage.records import Cycle, State
-from tests.bots import FLAVOURS, Bot, lesson, make_bot
-from tests.toys import tiny_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def bot(tmp_path: Path, base: Path) -> Iterator[Bot]:
-    made = make_bot(tmp_path, base)
-    yield made
-    made.store.close()
-
-
-def two_promoted(bot: Bot) -> None:
-    bot.collect(lesson("colours"))
-    assert bot.run().state is State.PROMOTED
-    bot.collect(lesson("flavours", FLAVOURS))
-    assert bot.run().state is State.PROMOTED
+from strategies.contract import TrainReport
+from tests.bots import FLAVOURS, Bot, lesson, make_bot, make_bot_again, two_promoted
 
 
 def test_two_tasks_in_two_cycles_end_promoted_with_a_full_accuracy_matrix(bot: Bot) -> None:
@@ -102,14 +82,6 @@ def test_a_schedule_does_not_try_every_night_what_was_rejected_already(bot: Bot,
 
 def scheduled(bot: Bot) -> Cycle:
     return bot.run(bot.store.request_cycle("schedule", "schedule"))
-
-
-def make_bot_again(bot: Bot, base: Path, **overrides: object) -> Bot:
-    """The same bot under another configuration, as after an edit and a restart."""
-    bot.store.close()
-    other = make_bot(bot.home, base, **overrides)
-    bot.store = other.store
-    return other
 
 
 def test_without_thresholds_nothing_is_promoted(tmp_path: Path, base: Path) -> None:
@@ -245,6 +217,19 @@ def test_a_worker_that_dies_once_is_replaced(bot: Bot) -> None:
     assert bot.run().state is State.PROMOTED
 
 
+def test_what_would_fail_again_is_not_tried_again(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+
+    def take_too_long(stage: str) -> None:
+        if stage == "train":
+            raise StageError("the train stage took longer than 240 minutes and was stopped")
+
+    bot.executor.before = take_too_long
+    cycle = bot.run()
+    assert (cycle.state, cycle.attempts) == (State.FAILED, 0)
+    assert bot.executor.calls.count("train") == 1
+
+
 def test_a_tampered_suite_stops_the_cycle_with_a_clear_error(bot: Bot) -> None:
     bot.collect(lesson("colours"))
     bot.executor.before = lambda stage: tamper(bot) if stage == "train" else None
@@ -337,6 +322,10 @@ def test_the_rows_of_any_version_can_be_listed(bot: Bot) -> None:
     two_promoted(bot)
     learned = [h for cycle in bot.store.lineage(2) for h in bot.store.cycle_rows(cycle, "train")]
     assert len(learned) == len(set(learned)) == 32
+    told = TrainReport.from_json((bot.settings.state_dir / "cycles/2/train/report.json").read_text())
+    assert bot.store.cycle_rows(2, "replay") == list(told.rehearsed)
+    assert 0 < len(told.rehearsed) <= 16
+    assert bot.store.cycle_rows(1, "replay") == []
 
 
 def test_a_suite_that_grew_enough_becomes_a_new_version_with_the_old_rows_in_it(bot: Bot) -> None:

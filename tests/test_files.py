@@ -1,15 +1,22 @@
 """Rows from files: every format, and bad lines that do not spoil the good ones."""
 
 import json
+import time
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from storage.errors import SourceError
 from storage.files import match, read_files
-from storage.sources import Columns, RawRow
+from storage.intake import validate
+from storage.records import Rejected, utcnow
+from storage.sources import Columns, RawRow, SourceSpec
 
 DEFAULT = Columns()
 ROWS = [
@@ -120,6 +127,82 @@ def test_a_csv_line_with_the_wrong_number_of_columns_does_not_stop_the_file(tmp_
     assert found[3].values["question"] == 'he said "hi" there'
 
 
+def test_a_quote_that_never_closes_costs_its_own_line_and_no_other(tmp_path: Path) -> None:
+    content = 'id,question,answer\n1,q1,a\n2,What is two,"Two\n3,What is three,Three\n4,q4,Four\n'
+    found = rows(put(tmp_path, "x.csv", content))
+    assert [row.values.get("answer") for row in found] == ["a", None, "Three", "Four"]
+    assert found[1].values == {"text": '2,What is two,"Two'}
+    assert found[1].location == "x.csv line 3"
+    assert found[1].problem == "a quote opened in this line is never closed"
+    assert [row.location for row in found[2:]] == ["x.csv line 4", "x.csv line 5"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_quote_that_only_a_later_row_closes_costs_its_own_line_and_no_other(
+    tmp_path: Path, end: str
+) -> None:
+    lines = ["id,question,answer", '2,q2,"Two', '3,"q3, again",Three', '4,"four\n""lines""\n\n.",a', "5,q5,a"]
+    found = rows(put(tmp_path, "x.csv", end.join(lines)))
+    assert [row.values.get("id") for row in found] == [None, "3", "4", "5"]
+    assert found[0].values == {"text": '2,q2,"Two'}
+    assert found[0].problem == "the quotes do not match: ',' expected after '\"'"
+    assert found[1].values["question"] == "q3, again"
+    assert found[2].values["question"] == 'four\n"lines"\n\n.'
+    assert [row.location for row in found] == [f"x.csv line {n}" for n in (2, 3, 4, 8)]
+
+
+def test_a_quote_inside_quotes_is_no_guess_about_what_was_meant(tmp_path: Path) -> None:
+    content = 'id,question,answer\n1,"he said "hi" there",a\n2,"he said \\"hi\\"",a\n3,q,a\n'
+    found = rows(put(tmp_path, "x.csv", content))
+    assert [bool(row.problem) for row in found] == [True, True, False]
+    assert [row.values.get("text") for row in found[:2]] == content.splitlines()[1:3]
+
+
+def test_unreadable_csv_records_stay_apart_in_the_quarantine(tmp_path: Path) -> None:
+    long = "x" * 20_000
+    found = rows(put(tmp_path, "x.csv", f'id,question,answer\n1,"q"1,a\n2,"q"2,a\n3,"q"{long},a\n'))
+    judged = [validate(row, SourceSpec(), source="x", now=utcnow()) for row in found]
+    assert len({row.hash for row in judged if isinstance(row, Rejected)}) == 3
+    assert [len(str(row.values["text"])) for row in found] == [8, 8, 4096]
+
+
+def test_a_record_may_span_many_lines_but_not_any_number(tmp_path: Path) -> None:
+    header, text, endless = "id,question,answer\n", "a line of it\n" * 10_000, "2,q,a\n" * 400_000
+    found = rows(put(tmp_path, "x.csv", f'{header}1,"{text}",a\n2,"q,a\n{endless}'))
+    assert found[0].values["question"] == text
+    assert found[1].values == {"text": '2,"q,a'}
+    assert "not closed within" in found[1].problem
+    assert len(found) == 400_002
+    assert not any(row.problem for row in found[2:])
+
+
+def test_a_csv_line_without_end_is_skipped_and_the_next_is_read(tmp_path: Path) -> None:
+    endless = "x" * (17 * 1024 * 1024)
+    content = f'id,question,answer\n1,q,a\n{endless}\n2,q,a\n3,q,"\n{endless}\n4,q,a\n'
+    found = rows(put(tmp_path, "x.csv", content))
+    assert [row.values.get("id") for row in found] == ["1", None, "2", None, None, "4"]
+    assert [row.location for row in found if row.problem] == [f"x.csv line {n}" for n in (3, 5, 6)]
+    assert all(len(str(row.values.get("text", ""))) < 10_000 for row in found)
+
+
+def test_many_open_quotes_are_read_in_time_that_grows_with_the_file_only(tmp_path: Path) -> None:
+    def seconds(count: int, question: str) -> float:
+        lines = (f"{n},{question if n % 100 == 50 else 'q'},a\n" for n in range(count))
+        path = put(tmp_path, "x.csv", "id,question,answer\n" + "".join(lines))
+        start = time.process_time()
+        assert len(rows(path)) == count
+        return time.process_time() - start
+
+    # Twice the time in practice; if every open quote were followed to the end, hundreds of times.
+    assert seconds(100_000, '"open') < 10 * seconds(100_000, "plain")
+
+
+def test_a_header_with_an_open_quote_does_not_swallow_the_rows(tmp_path: Path) -> None:
+    path = put(tmp_path, "x.csv", 'id,question,answer,"a note\n1,q,a,n\n2,q,a,n\n')
+    with pytest.raises(SourceError, match=r"x\.csv has no readable header: a quote .* is never closed"):
+        rows(path)
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 def test_the_delimiter_is_found_even_when_others_are_in_the_texts(tmp_path: Path, delimiter: str) -> None:
     others = "".join({",", ";", "\t", "|"} - {delimiter})
@@ -155,6 +238,66 @@ def test_a_missing_required_column_is_named_with_those_found(tmp_path: Path, nam
         SourceError, match=r"no column for question; its columns are id, frage, answer.*Rename"
     ):
         rows(put(tmp_path, name, content))
+
+
+def texts(*values: bytes | None) -> pa.Array:
+    """Text as careless writers leave it: nobody checked that it is UTF-8."""
+    return pa.array(values, pa.binary()).view(pa.string())
+
+
+def test_text_that_is_not_utf8_costs_a_parquet_file_that_row_only(tmp_path: Path) -> None:
+    names = [f"q {n} é".encode() for n in range(5000)]
+    names[3210] = b"caf\xe9"
+    made = datetime(2024, 1, 1, 1, 2, 3, 4)
+    table = {
+        "id": pa.array(range(5000)),
+        "question": texts(*names),
+        "answer": pa.array([Decimal("1.50")] * 5000),
+        "task": pa.array(["t"] * 5000).dictionary_encode(),
+        "context": pa.array([b"c"] * 5000),
+        "at": pa.array([made] * 5000, pa.timestamp("ns")),
+    }
+    pq.write_table(pa.table(table), tmp_path / "x.parquet", row_group_size=2000)
+    found = rows(tmp_path / "x.parquet", columns=Columns(context="context", created_at="at"))
+    expected = {"answer": Decimal("1.50"), "task": "t", "context": b"c", "created_at": made}
+    assert [row.values for row in found] == [
+        {"id": n, "question": b"caf\xe9" if n == 3210 else f"q {n} é", **expected} for n in range(5000)
+    ]
+    assert [row.location for row in found] == [f"x.parquet row {n}" for n in range(1, 5001)]
+    judged = [validate(row, SourceSpec(), source="x", now=utcnow()) for row in found[3209:3212]]
+    assert [row.reason if isinstance(row, Rejected) else "" for row in judged] == ["", "invalid-utf8", ""]
+
+
+def test_every_text_type_of_parquet_may_hold_text_that_is_not_utf8(tmp_path: Path) -> None:
+    question = pa.array([b"ok", b"\xff", None])
+    for text in (question.view(pa.string()), question.cast(pa.large_binary()).view(pa.large_string())):
+        table = {"id": text, "question": text, "answer": texts(b"a", b"\xfe", b"c")}
+        pq.write_table(pa.table(table), tmp_path / "x.parquet")
+        found = [tuple(row.values.values()) for row in rows(tmp_path / "x.parquet")]
+        assert found == [("ok", "ok", "a"), (b"\xff", b"\xff", b"\xfe"), (None, None, "c")]
+
+
+def test_a_parquet_file_with_such_text_is_not_loaded_as_a_whole(tmp_path: Path) -> None:
+    text = texts(b"\xff", *(b"%d" % n * 200 for n in range(40_000)))
+    table = pa.table({"id": text, "question": text, "answer": text})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=10_000, compression="none")
+    size = (tmp_path / "x.parquet").stat().st_size
+    del table, text
+    before = pa.total_allocated_bytes()
+    batches = read_files([tmp_path / "x.parquet"], DEFAULT, batch_rows=1000)
+    peak = max(pa.total_allocated_bytes() - before for _ in batches)
+    assert size > 60_000_000
+    assert peak < size / 3
+
+
+def test_damage_of_a_parquet_file_is_still_an_error_in_words(tmp_path: Path) -> None:
+    text = pa.array([f"a text {n}" for n in range(5000)])
+    pq.write_table(pa.table({"id": text, "question": text, "answer": text}), tmp_path / "x.parquet")
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    content[500:3000] = bytes(byte ^ 0x5A for byte in content[500:3000])
+    (tmp_path / "x.parquet").write_bytes(content)
+    with pytest.raises(SourceError, match=r"x\.parquet cannot be read: .*[Ss]nappy"):
+        rows(tmp_path / "x.parquet")
 
 
 def test_parquet_without_a_required_column_says_so(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from storage.errors import RegistryError, RegistryUnavailable
+from storage.errors import IntegrityError, RegistryError, RegistryUnavailable
 from storage.reach import redact
 from storage.registry import CycleRecord, Matrix, Registry
 
@@ -30,8 +30,10 @@ def registry(tmp_path: Path) -> Registry:
     return open_registry(tmp_path)
 
 
-def open_registry(home: Path) -> Registry:
-    return Registry(f"sqlite:///{home}/mlflow.db", "qa-bot", home / "artifacts", SERVED_MODEL)
+def open_registry(home: Path, store_id: str = "store") -> Registry:
+    return Registry(
+        f"sqlite:///{home}/mlflow.db", "qa-bot", home / "artifacts", SERVED_MODEL, store_id=store_id
+    )
 
 
 def record(home: Path, cycle_id: int = 7, **changes: Any) -> CycleRecord:
@@ -46,6 +48,7 @@ def record(home: Path, cycle_id: int = 7, **changes: Any) -> CycleRecord:
         "started_at": datetime(2026, 3, 1, 2, 30),
         "finished_at": datetime(2026, 3, 1, 3, 0),
         "adapter_dir": home / "result" / "adapter",
+        "adapter_hash": f"adapter of cycle {cycle_id}",
         "state_dir": home / "result" / "state",
         "model_config": {"base_path": str(home / "base"), "fingerprint": "f" * 64, "tasks": ()},
         "params": {"training.epochs": "2"},
@@ -183,12 +186,13 @@ def test_a_rejected_version_says_why(tmp_path: Path, registry: Registry) -> None
     version = registry.publish(record(tmp_path, version_tags=tags))
     registry.tag_version(version, {"holdfast.promoted": "never"})
     found = versions(tmp_path)[0].tags
-    assert found == {**tags, "holdfast.cycle": "7", "holdfast.promoted": "never"}
+    own = {"holdfast.store": "store", "holdfast.cycle": "7", "holdfast.adapter": "adapter of cycle 7"}
+    assert found == {**tags, **own, "holdfast.promoted": "never"}
 
 
 def test_a_missing_adapter_is_named_and_nothing_is_written(tmp_path: Path, registry: Registry) -> None:
     gone = tmp_path / "gone"
-    with pytest.raises(RegistryError, match=str(gone)):
+    with pytest.raises(IntegrityError, match=str(gone)):
         registry.publish(record(tmp_path, adapter_dir=gone))
     assert runs(tmp_path) == versions(tmp_path) == []
 
@@ -241,14 +245,38 @@ def test_an_alias_moves_between_versions_and_never_to_a_missing_one(
     registry.delete_alias("champion")
     for cycle in (1, 2):
         registry.publish(record(tmp_path, cycle_id=cycle))
-    registry.set_alias("champion", 1)
-    registry.set_alias("champion", 2)
-    with pytest.raises(RegistryError, match="version=9"):
-        registry.set_alias("champion", 9)
+    registry.set_alias("champion", 1, "adapter of cycle 1")
+    registry.set_alias("champion", 2, "adapter of cycle 2")
+    with pytest.raises(RegistryError, match="does not have version 9"):
+        registry.set_alias("champion", 9, "adapter of cycle 9")
+    with pytest.raises(RegistryError, match="as this bot trained it"):
+        registry.set_alias("champion", 1, "adapter of cycle 2")
     assert (registry.alias("champion"), registry.alias("challenger")) == (2, None)
     registry.delete_alias("champion")
     registry.delete_alias("champion")
     assert registry.alias("champion") is None
+
+
+def test_a_cycle_of_the_same_number_in_another_store_is_another_cycle(
+    tmp_path: Path, registry: Registry
+) -> None:
+    registry.publish(record(tmp_path, adapter_hash="first"))
+    other = open_registry(tmp_path, store_id="a new state directory")
+    assert other.version_of(7) is None
+    assert other.publish(record(tmp_path, adapter_hash="second")) == 2
+    assert len(runs(tmp_path)) == 2
+    with pytest.raises(RegistryError, match="as this bot trained it"):
+        other.set_alias("champion", 1, "second")
+
+
+def test_a_store_put_back_from_a_backup_neither_finds_nor_removes_what_came_after_it(
+    tmp_path: Path, registry: Registry
+) -> None:
+    registry.publish(record(tmp_path, adapter_hash="before the restore"))
+    assert registry.publish(record(tmp_path, adapter_hash="after the restore")) == 2
+    assert [run.info.status for run in runs(tmp_path)] == ["FINISHED", "FINISHED"]
+    registry.check_has(1, "before the restore")
+    registry.check_has(2, "after the restore")
 
 
 # --- what cannot be reached -----------------------------------------------------------------
@@ -264,7 +292,7 @@ def closed_port() -> int:
 @pytest.mark.parametrize("scheme", ["http", "postgresql"])
 def test_an_unreachable_server_is_told_quickly_and_without_its_password(tmp_path: Path, scheme: str) -> None:
     uri = f"{scheme}://ana:s3cr%40t@127.0.0.1:{closed_port()}"
-    registry = Registry(uri, "qa-bot", tmp_path, SERVED_MODEL)
+    registry = Registry(uri, "qa-bot", tmp_path, SERVED_MODEL, store_id="store")
     with pytest.raises(RegistryUnavailable, match="nothing answers") as caught:
         registry.publish(record(tmp_path))
     assert "s3cr" not in str(caught.value)
@@ -328,7 +356,9 @@ def answers(url: str) -> bool:
 @pytest.mark.acceptance
 def test_a_server_that_goes_away_gets_the_cycle_when_it_is_back(tmp_path: Path) -> None:
     port = closed_port()
-    registry = Registry(f"http://127.0.0.1:{port}", "qa-bot", tmp_path / "artifacts", SERVED_MODEL)
+    registry = Registry(
+        f"http://127.0.0.1:{port}", "qa-bot", tmp_path / "artifacts", SERVED_MODEL, store_id="store"
+    )
     with server(tmp_path, port):
         assert registry.publish(record(tmp_path)) == 1
     with pytest.raises(RegistryUnavailable, match=f"127.0.0.1:{port}"):
@@ -336,7 +366,7 @@ def test_a_server_that_goes_away_gets_the_cycle_when_it_is_back(tmp_path: Path) 
     with server(tmp_path, port):
         assert registry.publish(record(tmp_path, cycle_id=8)) == 2
         assert registry.publish(record(tmp_path)) == 1
-        registry.set_alias("champion", 2)
+        registry.set_alias("champion", 2, "adapter of cycle 8")
         assert registry.alias("champion") == 2
     assert (tmp_path / "served").is_dir()
 
@@ -351,7 +381,7 @@ from tests.test_registry import open_registry, record
 assert "mlflow" not in sys.modules
 home = Path(sys.argv[1])
 registry = open_registry(home)
-registry.set_alias("champion", registry.publish(record(home)))
+registry.set_alias("champion", registry.publish(record(home)), "adapter of cycle 7")
 registry.log_stream(7, {"average_accuracy": 0.5}, record(home).matrix)
 assert "torch" not in sys.modules, "publishing loaded torch"
 logging.getLogger("storage").info("still heard")
@@ -416,7 +446,7 @@ def test_anybody_can_load_the_champion_and_ask_it(tmp_path: Path, registry: Regi
         "tasks": [{"name": "mood", "kind": "labels", "metric": "accuracy", "labels": ["fine", "poor"]}],
     }
     given = record(tmp_path, adapter_dir=tmp_path / "adapter", model_config=config)
-    registry.set_alias("champion", registry.publish(given))
+    registry.set_alias("champion", registry.publish(given), given.adapter_hash)
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     elsewhere = tiny_base(tmp_path / "other", seed=1)

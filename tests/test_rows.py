@@ -36,6 +36,24 @@ def test_spacing_case_and_compatibility_forms_do_not_make_another_row() -> None:
     assert len({row(text).question_key for text in same}) == 1
 
 
+def test_characters_without_a_shape_make_no_other_row() -> None:
+    invisible = ["\u200d", "\u00ad", "\ufeff", "\x00", "\x1b", "\x85", "\ud800"]
+    assert all(normalise(f"a{c}b") in ("ab", "a b") for c in invisible)
+    assert normalise("👩\u200d🚀") == "👩🚀"
+
+
+def test_a_character_that_unicode_may_yet_assign_is_kept() -> None:
+    """A newer Python knows newer characters; the same row must not get another hash and split by that."""
+    unassigned, private = "\u0378", "\ue000"
+    assert [unicodedata.category(c) for c in (unassigned, private)] == ["Cn", "Co"]
+    assert normalise(f"A{unassigned}b{private}") == f"a{unassigned}b{private}"
+
+
+def test_the_separator_of_fields_cannot_survive_in_one() -> None:
+    assert "\x1f" not in normalise("a\x1fb") + normalise("é\x1fb\u0378\x1f")
+    assert row("b", context="a").key != row("a\x1fb").key
+
+
 def test_fields_cannot_imitate_each_other() -> None:
     assert row("a b", context="c").key != row("b", context="c a").key
     assert row("q", task="a", context="b").key != row("q", task="b", context="a").key

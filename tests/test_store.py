@@ -318,7 +318,7 @@ def test_the_rows_a_cycle_trained_on_can_be_listed(store: Store) -> None:
     assert store.cycle_rows(cycle.id, "train") == sorted([one, three])
     assert store.cycle_rows(cycle.id, "replay") == [two]
     assert set(store.cycle_rows(cycle.id)) == {one, two, three}
-    assert store.cycle_tasks(cycle.id) == ["billing", "trivia"]
+    assert store.first_learned([cycle.id]) == {"billing": cycle.id, "trivia": cycle.id}
 
 
 # -- lineage, pending rows and promotions ----------------------------------------------------------

@@ -105,11 +105,11 @@ def test_the_table_tells_time_relative_to_naive() -> None:
 
 def test_only_the_section_between_the_markers_of_a_page_is_rewritten(tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"
-    begin, end = tables.MARKERS
+    begin, end = tables.markers("clinc")
     page.write_text(f"# Ours\n\n{begin}\nold\n{end}\n\nafter\n")
-    tables.update_page(page, "new\n")
+    tables.update_page(page, "clinc", "new\n")
     assert page.read_text() == f"# Ours\n\n{begin}\nnew\n{end}\n\nafter\n"
-    tables.update_page(tmp_path / "other.md", "new\n")
+    tables.update_page(tmp_path / "other.md", "clinc", "new\n")
     assert begin in (tmp_path / "other.md").read_text()
 
 

@@ -1,6 +1,6 @@
 """Three days of an invented company, through a real daemon: once as Holdfast learns, once naively.
 
-    python -m benchmarks.demo [--dir demo-state] [--keep]        (or: make demo)
+    python -m benchmarks.demo [--dir demo-state] [--keep] [--readme README.md]        (or: make demo)
 
 A collector writes each day's rows into its own DuckDB, the daemon is asked for a cycle, and what comes
 of it is shown as it comes: a candidate that the gate rejects is shown as rejected. The same rows then
@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     stream.end_on_sigterm()
     try:
-        _run(console, options.dir.resolve(), dict(map(stream.parse_change, options.set)), keep=options.keep)
+        changes = dict(map(stream.parse_change, options.set))
+        _run(console, options.dir.resolve(), changes, keep=options.keep, readme=options.readme)
     except HoldfastError as error:
         console.print(f"[red]The demo cannot go on:[/] {error}", highlight=False)
         return 1
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(console: Console, folder: Path, changes: dict[str, Any], *, keep: bool) -> None:
+def _run(console: Console, folder: Path, changes: dict[str, Any], *, keep: bool, readme: Path | None) -> None:
     began = time.monotonic()
     start_fresh(folder)
     days = faq.days()
@@ -69,9 +70,12 @@ def _run(console: Console, folder: Path, changes: dict[str, Any], *, keep: bool)
     console.rule("[bold]The same days naively: nothing protected, every candidate promoted")
     live_through(console, rival, days)
     console.rule("[bold]After three days")
-    console.print(pictures.comparison(stream.outcome(bot), stream.outcome(rival)))
+    ours, theirs = stream.outcome(bot), stream.outcome(rival)
+    console.print(pictures.comparison(ours, theirs))
+    if readme is not None:
+        pictures.update_readme(readme, ours, theirs)
     console.print(pictures.answers(stream.answers(bot), stream.answers(rival), "lead-8"))
-    console.print(pictures.verdicts(stream.outcome(bot)))
+    console.print(pictures.verdicts(ours))
     if keep:
         with RunningDaemon(bot) as daemon:
             daemon.leave()
@@ -120,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dir", type=Path, default=Path("demo-state"), help="made afresh (default: %(default)s)"
     )
+    parser.add_argument("--readme", type=Path, help="page whose pictures and numbers of the demo are renewed")
     parser.add_argument("--keep", action="store_true", help="leave the daemon running afterwards")
     parser.add_argument(
         "--set",

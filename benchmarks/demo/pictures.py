@@ -1,4 +1,4 @@
-"""What the demo shows, as rich renderables: pure functions of outcomes. Decides and measures nothing."""
+"""What the demo shows: rich renderables of outcomes, and the README's pictures. Measures nothing."""
 
 import os
 import sys
@@ -10,8 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.stream import Answer, Bot, Outcome
+from benchmarks.stream import Answer, Bot, Outcome, hardware
+from benchmarks.tables import update_page
 from daemon.report import Matrix
+from storage.figures import heat_map, png
 from storage.rows import Row
 
 EXPLAINED = {
@@ -115,6 +117,39 @@ def next_steps(bot: Bot, *, running: bool, minutes: float) -> RenderableType:
     return Group(
         "", f"That took {minutes:.1f} minutes. {state} What to type next:", "", Padding(table, (0, 2)), ""
     )
+
+
+def update_readme(readme: Path, ours: Outcome, naive: Outcome) -> None:
+    """The two heat maps beside the page, in docs/pictures, and the numbers under them."""
+    folder = readme.parent / "docs" / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, found in (("holdfast", ours), ("naive", naive)):
+        table = found.matrix
+        figure = heat_map(table.rows, table.tasks, table.values, f"{name}: held-out questions right")
+        (folder / f"demo-{name}.png").write_bytes(png(figure))
+    numbers = [
+        f"| {key.replace('_', ' ')} | {_points(ours.metrics.get(key))} | {_points(naive.metrics.get(key))} |"
+        for key in EXPLAINED
+    ]
+    verdicts = "; ".join(f"cycle {told['cycle']['id']} {told['cycle']['state']}" for told in ours.cycles)
+    section = "\n".join(
+        [
+            '<img src="docs/pictures/demo-holdfast.png" width="46%" alt="accuracy matrix with Holdfast"> '
+            '<img src="docs/pictures/demo-naive.png" width="46%" alt="accuracy matrix, trained naively">',
+            "",
+            "Rows: the model after each day. Columns: the departments' frozen suites, exact match.",
+            "Left: what Holdfast promoted. Right: the same rows trained naively.",
+            "",
+            "| points | Holdfast | naive |",
+            "|---|---|---|",
+            *numbers,
+            "",
+            f"The gate's verdicts: {verdicts}.",
+            f"One run of `python -m benchmarks.demo --readme README.md`, seed 0, on {hardware()}.",
+            "",
+        ]
+    )
+    update_page(readme, "matrix", section)
 
 
 def typed(bot: Bot) -> str:

@@ -43,6 +43,23 @@ WHERE split = $split AND hash NOT IN (
 )
 ORDER BY seq;
 
+-- name: pending_count
+SELECT count(*) FROM rows
+WHERE split = $split AND hash NOT IN (
+    SELECT row_hash FROM cycle_rows
+    WHERE role = $split AND cycle_id IN (SELECT unnest($lineage::BIGINT[]))
+);
+
+-- name: task_names
+SELECT DISTINCT task FROM rows ORDER BY task;
+
+-- name: answer_shape
+SELECT count(*), count(DISTINCT answer), coalesce(max(len(regexp_split_to_array(trim(answer), '\s+'))), 0)
+FROM rows WHERE task = $task AND split <> 'suite';
+
+-- name: answers
+SELECT DISTINCT answer FROM rows WHERE task = $task AND split <> 'suite' ORDER BY answer;
+
 -- name: cursor
 SELECT watermark, full_scan_at, pulled_at FROM cursors WHERE source = $source;
 
@@ -126,9 +143,10 @@ SELECT row_hash FROM cycle_rows
 WHERE cycle_id = $cycle_id AND ($role IS NULL OR role = $role)
 ORDER BY role, row_hash;
 
--- name: cycle_tasks
-SELECT DISTINCT rows.task FROM cycle_rows JOIN rows ON rows.hash = cycle_rows.row_hash
-WHERE cycle_rows.cycle_id = $cycle_id AND cycle_rows.role = 'train' ORDER BY rows.task;
+-- name: first_learned
+SELECT rows.task, min(cycle_rows.cycle_id) FROM cycle_rows JOIN rows ON rows.hash = cycle_rows.row_hash
+WHERE cycle_rows.role = 'train' AND cycle_rows.cycle_id IN (SELECT unnest($lineage::BIGINT[]))
+GROUP BY rows.task;
 
 -- name: insert_verdict
 INSERT INTO verdicts VALUES ($cycle_id, $passed, $verdict, $now);
@@ -177,6 +195,23 @@ INSERT OR REPLACE INTO scores BY NAME SELECT * FROM given;
 
 -- name: scores
 SELECT * FROM scores WHERE $cycle_id IS NULL OR cycle_id = $cycle_id ORDER BY cycle_id, label, task;
+
+-- name: comparable_scores
+WITH sat AS (
+    SELECT DISTINCT ON (model, task) model, task, exam FROM scores
+    WHERE cycle_id <= $upto ORDER BY model, task, cycle_id DESC
+), first AS (
+    SELECT task, min(version) AS version FROM suites GROUP BY task
+)
+SELECT sat.model, sat.task, avg(predictions.score) FROM sat
+JOIN first USING (task)
+JOIN suite_rows ON suite_rows.task = sat.task AND suite_rows.version = first.version
+JOIN predictions ON predictions.model = sat.model AND predictions.exam = sat.exam
+    AND predictions.row_hash = suite_rows.row_hash
+GROUP BY sat.model, sat.task;
+
+-- name: is_cancelled
+SELECT count(*) > 0 FROM events WHERE cycle_id = $cycle_id AND kind = 'cancel';
 
 -- events and meta -----------------------------------------------------------------------------
 

@@ -1,0 +1,193 @@
+"""What people and outages do while a cycle is under way, and stores and registries that do not match."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon import promote, report
+from storage.errors import RegistryError, RegistryUnavailable
+from storage.records import State
+from storage.registry import Registry
+from strategies.contract import TaskKind
+from tests.bots import FLAVOURS, Bot, lesson, make_bot, make_bot_again, two_promoted
+
+
+@contextmanager
+def away(bot: Bot, what: str) -> Iterator[None]:
+    """MLflow fails in one of its operations."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RegistryUnavailable("MLflow is away")
+
+    whole = getattr(bot.registry, what)
+    setattr(bot.registry, what, fail)
+    try:
+        yield
+    finally:
+        setattr(bot.registry, what, whole)
+
+
+def learn_flavours_while_mlflow_is_away(bot: Bot, what: str) -> int:
+    """A second cycle that has passed the gate and waits for MLflow; its number."""
+    bot.collect(lesson("colours"))
+    bot.run()
+    bot.collect(lesson("flavours", FLAVOURS))
+    cycle = bot.request()
+    with away(bot, what), pytest.raises(RegistryUnavailable):
+        bot.run(cycle)
+    waiting = bot.store.cycle(cycle.id)
+    assert waiting is not None
+    assert waiting.state is State.DECIDED
+    return cycle.id
+
+
+def run_again(bot: Bot, cycle_id: int) -> Any:
+    cycle = bot.store.cycle(cycle_id)
+    assert cycle is not None
+    return bot.run(cycle)
+
+
+def champions(bot: Bot) -> list[tuple[int | None, str]]:
+    return [(line.version, line.kind) for line in bot.store.promotions()]
+
+
+def test_a_rollback_while_a_verdict_waits_for_mlflow_is_not_overruled(bot: Bot) -> None:
+    cycle = learn_flavours_while_mlflow_is_away(bot, "publish")
+    promote.rollback(bot.store, bot.registry, "ana", "rude answers")
+    ended = run_again(bot, cycle)
+    assert ended.state is State.REJECTED
+    assert "meanwhile" in ended.reason
+    assert champions(bot) == [(1, "gate"), (None, "rollback")]
+
+
+def test_a_cancel_while_a_verdict_waits_for_mlflow_leaves_the_old_champion(bot: Bot) -> None:
+    cycle = learn_flavours_while_mlflow_is_away(bot, "log_stream")
+    bot.store.event("cancel", cycle, by="ana")
+    assert run_again(bot, cycle).state is State.CANCELLED
+    assert champions(bot) == [(1, "gate")]
+    assert bot.registry.alias("champion") == 1
+    assert {row.task for row in bot.store.pending(bot.store.lineage(1))} == {"flavours"}
+
+
+def test_a_version_promoted_by_hand_before_the_gate_came_to_it_has_one_line(bot: Bot) -> None:
+    cycle = learn_flavours_while_mlflow_is_away(bot, "log_stream")
+    promote.manual(bot.store, bot.registry, 2, "ana", "cannot wait")
+    assert run_again(bot, cycle).state is State.PROMOTED
+    assert champions(bot) == [(1, "gate"), (2, "manual")]
+    assert promote.rollback(bot.store, bot.registry, "ana", "was wrong").version == 1
+
+
+def test_an_alias_that_could_not_follow_does_not_undo_the_promotion(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    with away(bot, "alias"):
+        assert bot.run().state is State.PROMOTED
+    promote.repair_alias(bot.store, bot.registry)
+    assert bot.registry.alias("champion") == 1
+
+
+def test_a_cancel_outlives_the_daemon_that_was_told(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    cycle = bot.request()
+    bot.store.event("cancel", cycle.id, by="ana")
+    bot.reopen()
+    assert bot.run(cycle).state is State.CANCELLED
+    assert bot.executor.calls == []
+
+
+def test_a_second_state_directory_on_one_mlflow_serves_its_own_adapter(
+    bot: Bot, tmp_path: Path, base: Path
+) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    uri = bot.settings.tracking_uri
+    other = make_bot(tmp_path / "other", base, mlflow__tracking_uri=uri, training__seed=7)
+    other.collect(lesson("flavours", FLAVOURS))
+    assert other.run().state is State.PROMOTED
+    (ours,), (theirs,) = other.store.models(), bot.store.models()
+    assert (theirs.version, ours.version) == (1, 2)
+    other.registry.check_has(2, ours.adapter_hash)
+    other.store.close()
+
+
+def test_with_another_mlflow_the_cycle_waits_and_touches_no_alias(
+    bot: Bot, tmp_path: Path, base: Path
+) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    shutil.copy(bot.settings.state_dir / "mlflow.db", tmp_path / "elsewhere.db")
+    elsewhere = f"sqlite:///{tmp_path / 'empty.db'}"
+    moved = make_bot_again(bot, base, mlflow__tracking_uri=elsewhere)
+    moved.collect(lesson("flavours", FLAVOURS))
+    cycle = moved.request()
+    with pytest.raises(RegistryError, match=r"set mlflow\.tracking_uri back"):
+        moved.run(cycle)
+    assert moved.registry.alias("champion") is None
+    back = make_bot_again(moved, base)
+    assert run_again(back, cycle.id).state is State.PROMOTED
+    assert back.registry.alias("champion") == 2
+    back.store.close()
+
+
+def test_mlflow_shows_what_a_cycle_was_run_with_whatever_the_configuration_says_since(
+    bot: Bot, base: Path
+) -> None:
+    bot.collect(lesson("colours"))
+    cycle = bot.request()
+    with away(bot, "publish"), pytest.raises(RegistryUnavailable):
+        bot.run(cycle)
+    edited = make_bot_again(bot, base, training__learning_rate=0.5, evaluation__max_new_tokens=3)
+    edited.collect([("late", "colours", "which one is colours 77", "mauve", "train")])
+    assert run_again(edited, cycle.id).state is State.PROMOTED
+    run = published(edited.registry, cycle.id)
+    assert run.data.params["training.learning_rate"] == "0.01"
+    assert run.data.params["evaluation.max_new_tokens"] == "12"
+    edited.store.close()
+
+
+def published(registry: Registry, cycle_id: int) -> Any:
+    with registry._mlflow() as (client, experiment):
+        (run,) = client.search_runs([experiment], f"tags.`holdfast.cycle` = '{cycle_id}'")
+        return run
+
+
+def test_a_suite_that_grew_does_not_make_forgetting_be_forgotten(bot: Bot) -> None:
+    two_promoted(bot)
+    before = report.matrix(bot.store)
+    bot.collect(
+        [(f"c{i}", "colours", f"another {i}", "red", "suite" if i < 6 else "train") for i in range(20)]
+    )
+    bot.run()
+    after = report.matrix(bot.store)
+    assert {s.version for s in bot.store.scores(3) if s.task == "colours"} == {2}
+    assert after.values[:3] == before.values, "the past is what it was, on the rows that it was measured on"
+
+
+def test_a_task_whose_answers_stop_being_a_closed_set_is_answered_freely(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    assert bot.store.tasks()[0].kind == TaskKind.LABELS
+    sentences = [
+        (f"s{i}", "colours", f"tell me about colours {i}", f"Open page {i} and choose the {i}th", "train")
+        for i in range(30)
+    ]
+    bot.collect(sentences)
+    bot.run()
+    assert bot.store.tasks()[0].kind == TaskKind.FREE
+    assert [e.detail["now"] for e in bot.store.events() if e.kind == "task-kind"] == ["free"]
+
+
+def test_labels_come_from_rows_that_can_be_learned(bot: Bot) -> None:
+    bot.collect([*lesson("colours"), ("odd", "colours", "which one is odd", "ultraviolet", "suite")])
+    bot.run()
+    assert "ultraviolet" not in bot.store.tasks()[0].labels
+
+
+def test_spellings_of_a_task_that_differ_in_case_are_one_task(bot: Bot) -> None:
+    bot.collect(lesson("Colours"))
+    bot.collect([(f"x{i}", "colours ", f"other {i}", "red", "train") for i in range(4)])
+    bot.run()
+    assert list(bot.store.row_counts()) == ["Colours"]
