@@ -10,6 +10,7 @@ from pathlib import Path
 
 from daemon.config import Settings
 from daemon.executor import Executor, OnProgress, Stop
+from strategies.base import prepared
 from strategies.contract import PreparedBase, PrepareJob
 from strategies.tokens import count_tokens_factory
 
@@ -22,9 +23,8 @@ def base_folder(settings: Settings) -> Path:
 
 
 def prepared_base(settings: Settings) -> PreparedBase | None:
-    """What an earlier preparation left, or None when the base was never prepared."""
-    record = base_folder(settings) / "base.json"
-    return PreparedBase.from_json(record.read_text()) if record.exists() else None
+    """What an earlier preparation left, or None when the base is to be prepared (again: it was edited)."""
+    return prepared(base_folder(settings))
 
 
 def prepare_base(settings: Settings, executor: Executor, on_progress: OnProgress, stop: Stop) -> PreparedBase:
@@ -32,11 +32,8 @@ def prepare_base(settings: Settings, executor: Executor, on_progress: OnProgress
 
     Raises `ModelError` when model.base cannot be loaded.
     """
-    ready = prepared_base(settings)
-    if ready is not None and Path(ready.path).is_dir():
-        return ready
     job = PrepareJob(base=settings.model.base, out=str(base_folder(settings)))
-    return executor.prepare(job, on_progress, stop)
+    return prepared_base(settings) or executor.prepare(job, on_progress, stop)
 
 
 def length_counter(settings: Settings, base: PreparedBase) -> Callable[[str, str], int]:

@@ -20,6 +20,7 @@ from storage.errors import ControlError, Interrupted
 from storage.records import Cycle, State
 from storage.registry import Registry
 from storage.store import Store
+from strategies import base
 from strategies.contract import PreparedBase, PrepareJob, Progress
 
 HEARTBEAT_SECONDS = 5.0  # so that a follower notices a dead daemon, and the daemon a dead follower
@@ -40,11 +41,8 @@ class CycleExecutor(WorkerExecutor):
 
     def prepare(self, job: PrepareJob, on_progress: OnProgress, stop: Stop) -> PreparedBase:
         with self._preparing:
-            record = Path(job.out) / "base.json"
-            ready = PreparedBase.from_json(record.read_text()) if record.exists() else None
-            if ready is not None and Path(ready.path).is_dir():
-                return ready  # the other one did it while we waited
-            return super().prepare(job, on_progress, stop)
+            # Asked again: the other one may have done it while we waited.
+            return base.prepared(Path(job.out)) or super().prepare(job, on_progress, stop)
 
 
 def make_executor(settings: Settings) -> CycleExecutor:

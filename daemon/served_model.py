@@ -79,7 +79,7 @@ def _check_base(path: Path, fingerprint: str) -> None:
 
 
 def _measure(path: Path) -> str:
-    """As `strategies.base` takes it of a base: over the weights, and the tokenizer saved anew."""
+    """As `strategies.base` takes it of a base, with the tokenizer saved anew."""
     from transformers import AutoTokenizer
 
     from strategies import base

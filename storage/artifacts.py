@@ -58,6 +58,14 @@ def is_complete(directory: str | Path) -> bool:
     return (Path(directory) / MANIFEST).is_file()
 
 
+def made_for(directory: str | Path, job: str) -> bool:
+    """Whether the directory is complete and was made for this job, by the digest in its manifest.
+
+    A path alone does not say so: after a restore the same cycle number may stand for other work.
+    """
+    return is_complete(directory) and _read_manifest(Path(directory)).get("job") == job
+
+
 def verify(directory: str | Path) -> dict[str, Any]:
     """The manifest, after every file was compared with it.
 

@@ -7,39 +7,40 @@ is never run, and pickled weights are refused.
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from storage.artifacts import atomic_dir, is_complete
+from storage.artifacts import atomic_dir
 from storage.errors import ModelError
 from strategies.contract import PreparedBase, PrepareJob, Progress
 
 RECORD = "base.json"
-_LONGEST = 1_000_000  # transformers says 1e30 where a tokenizer names no limit
+_WHENCE = ("_name_or_path", "transformers_version")  # of a config.json: who wrote it, not what it says
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]  # of a folder: what is loaded from it
 
 
 def prepare(job: PrepareJob, on_progress: Callable[[Progress], None] = lambda progress: None) -> PreparedBase:
     """The base as a folder that loads in seconds, and what the daemon must know of it.
 
-    Done before, and the weights still there: returns what was written then. Raises `ModelError` when
-    the base cannot be used.
+    Done before: returns what was written then. Raises `ModelError` when the base cannot be used.
     """
     out = Path(job.out)
-    if is_complete(out):
-        before = PreparedBase.from_json((out / RECORD).read_text())
-        if Path(before.path).is_dir():
-            return before
-    from strategies.model import load_folder  # brings torch
+    if (before := prepared(out)) is not None:
+        return before
+    from strategies.model import context_tokens, load_folder  # brings torch
 
     on_progress(Progress(stage="prepare", detail=job.base))
     gguf = _gguf_file(job)
+    source = gguf or _folder(job.base)
     with atomic_dir(out) as folder:
+        stamp = _stamp(source)  # before reading: what is edited meanwhile is noticed next time
         if gguf is not None:
             model, tokenizer = _dequantise(gguf, folder / "model")
             weights, path = folder / "model", out / "model"
         else:
-            weights = path = _folder(job.base)
+            weights = path = source
             model, tokenizer = load_folder(path)
         tokenizer.save_pretrained(folder / "tokenizer")
         if not (folder / "tokenizer" / "tokenizer.json").is_file():
@@ -51,13 +52,34 @@ def prepare(job: PrepareJob, on_progress: Callable[[Progress], None] = lambda pr
             fingerprint=fingerprint(weights, folder / "tokenizer" / "tokenizer.json"),
             tokenizer_file=str(out / "tokenizer" / "tokenizer.json"),
             template_tokens=_template_tokens(tokenizer),
-            context_tokens=min(
-                int(getattr(model.config, "max_position_embeddings", None) or _LONGEST), _LONGEST
-            ),
+            context_tokens=context_tokens(model),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            source=str(source),
+            stamp=stamp,
         )
         (folder / RECORD).write_text(record.to_json() + "\n")
     return record
+
+
+def prepared(out: Path) -> PreparedBase | None:
+    """What an earlier preparation left in `out`; None when there was none, or its source was edited since.
+
+    Looks at sizes and times only, and needs no torch: the daemon asks before every cycle. A GGUF file
+    that is gone says nothing against what was made of it.
+    """
+    record = out / RECORD
+    if not record.exists():
+        return None
+    base = PreparedBase.from_json(record.read_text(encoding="utf-8"))
+    source = Path(base.source)
+    edited = not base.stamp or (source.exists() and _stamp(source) != base.stamp)
+    return None if edited or not Path(base.path).is_dir() else base
+
+
+def _stamp(source: Path) -> str:
+    files = [source] if source.is_file() else sorted({f for kind in _FILES for f in source.glob(kind)})
+    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _gguf_file(job: PrepareJob) -> Path | None:
@@ -132,8 +154,7 @@ def _folder(base: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-        return Path(snapshot_download(base, allow_patterns=wanted))
+        return Path(snapshot_download(base, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
@@ -149,12 +170,24 @@ def _template_tokens(tokenizer: Any) -> int:
 
 
 def fingerprint(weights: Path, tokenizer: Path) -> str:
-    """SHA-256 over a folder's weights and a tokenizer.json: what adapters are made for."""
+    """SHA-256 over what an adapter is made for: weights, architecture, tokenizer and chat template.
+
+    `tokenizer` is the tokenizer.json that transformers saved anew, with its other files beside it: models
+    ship them in several forms.
+    """
     digest = hashlib.sha256()
-    for path in [*sorted(weights.glob("*.safetensors")), tokenizer]:
+    files = [*sorted(weights.glob("*.safetensors")), tokenizer, *tokenizer.parent.glob("chat_template.jinja")]
+    for path in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+    config = _settings(weights / "config.json", lambda name: name not in _WHENCE)
+    special = _settings(tokenizer.with_name("tokenizer_config.json"), lambda name: name.endswith("_token"))
+    digest.update(json.dumps([config, special], sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _settings(path: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(path.read_text("utf-8")).items() if wanted(name)}
 
 
 def _quiet() -> None:

@@ -58,7 +58,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, job: TrainJob) -> None:
         self.folder = Path(folder)
-        self._job = hashlib.sha256(job.to_json().encode()).hexdigest()
+        self._job = job.digest
 
     def save(self, course: Course, tensors: dict[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ boundary as JSON (`to_json`, `from_json`); tensors travel as safetensors files b
 """
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,6 +18,11 @@ class Record:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), default=str, sort_keys=True)  # type: ignore[call-overload]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole record. A job's is kept with what was made for it."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -66,7 +72,7 @@ class ModelSpec(Record):
     """Which base, and how text is put to it. `path` is a local folder made by `strategies.base`."""
 
     path: str
-    fingerprint: str  # SHA-256 over the weights and the tokenizer: adapters belong to one base
+    fingerprint: str  # SHA-256, see `strategies.base.fingerprint`: adapters belong to one base
     system_prompt: str = ""
     max_tokens: int = 512  # prompt and answer together
     dtype: str = "auto"  # auto | float32 | bfloat16
@@ -219,6 +225,8 @@ class PreparedBase(Record):
     template_tokens: int  # tokens that the chat template adds around an empty question and answer
     context_tokens: int  # longest sequence that the model takes
     parameters: int
+    source: str = ""  # the folder or GGUF file it was made from
+    stamp: str = ""  # names, sizes and times of the source's files
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers import LogitsProcessorList
 
-from storage.artifacts import atomic_dir, is_complete
+from storage.artifacts import atomic_dir, made_for
 from storage.parquet import SnapshotRow, read_rows
 from strategies import scoring
 from strategies.contract import EvaluateJob, Progress, SuiteJob, Task, TaskKind
@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
 def evaluate(job: EvaluateJob, on_progress: Callable[[Progress], None]) -> None:
     """Answers what the job's plan names and writes `predictions.parquet`; complete or not at all."""
     out = Path(job.out)
-    if is_complete(out):
+    if made_for(out, job.digest):
         return
     suites = {suite.task.name: (suite, read_rows(Path(suite.path))) for suite in job.suites}
     if unknown := [pair for pair in job.plan if pair[0] not in job.models or pair[1] not in suites]:
@@ -56,7 +56,7 @@ def evaluate(job: EvaluateJob, on_progress: Callable[[Progress], None]) -> None:
             if tasks:
                 pace.label = label
                 lines += _examine(base, label, adapter, [suites[t] for t in tasks], job, pace)
-    with atomic_dir(out) as folder:
+    with atomic_dir(out, {"job": job.digest}) as folder:
         pq.write_table(pa.Table.from_pylist(lines, SCHEMA), folder / "predictions.parquet")
 
 
@@ -74,13 +74,16 @@ def answer(
 
     With a task of kind `labels` the answer is one of its labels; otherwise it is free text.
     """
-    prompts = [base.prompter.prompt_ids(question, context) for question, context in questions]
     labels = _label_ids(base.prompter, task)
+    # A model with learned positions has nothing beyond its context: the answer needs its room there.
+    room = max(map(len, labels)) if labels else min(max_new_tokens, base.context_tokens // 2)
+    longest = base.context_tokens - room
+    prompts = [base.prompter.prompt_ids(*question, longest=longest) for question in questions]
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        told = _generate(model, base, [prompts[i] for i in chosen], labels, max_new_tokens)
+        told = _generate(model, base, [prompts[i] for i in chosen], labels, room)
         for index, text in zip(chosen, told, strict=True):
             answers[index] = text
         on_answers(len(chosen))
@@ -140,9 +143,9 @@ def _generate(
     base: Base,
     prompts: Sequence[Sequence[int]],
     labels: dict[tuple[int, ...], str] | None,
-    max_new_tokens: int,
+    room: int,
 ) -> list[str]:
-    """Answers to a batch of prompts, padded on the left."""
+    """Answers of at most `room` tokens to a batch of prompts, padded on the left."""
     prompter = base.prompter
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), prompter.pad_id, dtype=torch.long)
@@ -151,17 +154,17 @@ def _generate(
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
         mask[row, width - len(prompt) :] = 1
     processors = LogitsProcessorList()
-    if labels is not None:
-        trie = Trie(list(labels))
-        max_new_tokens = trie.depth
-        processors.append(OnlyLabels(trie, width, prompter.pad_id))
+    if labels is None:
+        room = max(min(room, base.context_tokens - width), 1)
+    else:
+        processors.append(OnlyLabels(Trie(list(labels)), width, prompter.pad_id))
     with base.autocast():
         generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]  # Module's attributes are untyped
         output = generate(
             input_ids=input_ids.to(base.device),
             attention_mask=mask.to(base.device),
             logits_processor=processors,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room,
             do_sample=False,
             num_beams=1,
             use_cache=True,

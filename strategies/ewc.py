@@ -88,9 +88,11 @@ def fisher_information(strategy: Any, rows: Sequence[Example]) -> dict[str, Tens
         batch = collate([row], strategy.base.prompter.pad_id).to(strategy.device)
         with strategy.base.autocast():
             loss, _ = nll(strategy.model, batch)
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        # Text alone leaves the adapter of a multimodal model's vision tower unused: it has no gradient.
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for square, gradient in zip(squares.values(), gradients, strict=True):
-            square += gradient.float().square()
+            if gradient is not None:
+                square += gradient.float().square()
         strategy.tell(Progress(stage="fisher", step=n + 1, steps=len(rows)))
     if not all(square.isfinite().all() for square in squares.values()):
         raise NonFiniteLoss("the Fisher information is not finite; try a lower training.learning_rate")

@@ -1,18 +1,20 @@
 """What a training takes over from its parent: the adapter, the continual state, and what people should know.
 
 A parent is the result directory of an earlier training; without one everything starts fresh. Methods
-that are not active now have their state carried along untouched, so that they can be taken up again.
+that are not active now have their state carried along, so that they can be taken up again.
 """
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from torch.nn import Module
 
+from strategies import replay_memory
+from strategies.batches import Example
 from strategies.contract import TrainJob, TrainReport, result_files
-from strategies.model import Base, fresh_adapter, with_adapter
+from strategies.model import Base, follows_targets, fresh_adapter, with_adapter
 
 
 def adapter(base: Base, job: TrainJob) -> Module:
@@ -22,41 +24,55 @@ def adapter(base: Base, job: TrainJob) -> Module:
     return with_adapter(base, result_files(job.parent)["adapter"], trainable=True)
 
 
-def carry_state(parent: str | None, into: Path, *, but: Collection[str]) -> None:
-    """Copies the parent's continual state, but for the files that active methods write themselves."""
-    if parent is None:
+def carry_state(job: TrainJob, into: Path, *, but: Collection[str], new: Sequence[Example]) -> None:
+    """Copies the parent's continual state, but for the files that active methods write themselves.
+
+    A memory at rest takes in the new rows all the same, so that later they can be rehearsed.
+    """
+    if job.parent is None:
         return
-    for path in sorted(result_files(parent)["state"].iterdir()):
+    for path in sorted(result_files(job.parent)["state"].iterdir()):
         if path.name not in but:
             shutil.copy2(path, into / path.name)
+    memory = replay_memory.load(into)
+    if memory is not None:
+        rows = [(row.row_hash, row.task) for row in new]
+        spec = job.strategy
+        replay_memory.save(memory.updated(rows, size=spec.replay_size, policy=spec.replay_policy), into)
 
 
-def notes(job: TrainJob, files: dict[str, str]) -> list[str]:
+def notes(job: TrainJob, model: Module, files: dict[str, str]) -> list[str]:
     """Where this cycle differs from its parent. `files` are the active methods' state files, by method."""
     if job.parent is None:
         return []
     state = result_files(job.parent)["state"]
-    said = [
-        f"{method} begins with this cycle and knows nothing of earlier ones"
-        for method, file in files.items()
-        if not (state / file).exists()
-    ]
     before = TrainReport.from_json(result_files(job.parent)["report"].read_text(encoding="utf-8")).strategy
+    said = []
     if before != job.strategy.name:
-        said.insert(0, f"strategy changed from {before} to {job.strategy.name}")
-    return said + _lora_notes(job)
+        said.append(f"strategy changed from {before} to {job.strategy.name}")
+    for method, file in files.items():
+        if not (state / file).exists():
+            said.append(f"{method} begins with this cycle and knows nothing of earlier ones")
+        elif method not in before.split("+") and file != replay_memory.FILE:
+            said.append(f"{method} was at rest and knows nothing of the cycles that were learned meanwhile")
+    return said + _lora_notes(job, model)
 
 
-def _lora_notes(job: TrainJob) -> list[str]:
+def _lora_notes(job: TrainJob, model: Module) -> list[str]:
     """An adapter that goes on keeps its shape; settings that ask for another one are named."""
     assert job.parent is not None
     config = json.loads(
         (result_files(job.parent)["adapter"] / "adapter_config.json").read_text(encoding="utf-8")
     )
-    wanted = {"r": job.lora.rank, "lora_alpha": job.lora.alpha, "lora_dropout": job.lora.dropout}
-    named = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+    lora, layers = job.lora, sorted({name.rpartition(".")[2] for name in config["target_modules"]})
+    settings = [  # name, what is asked for, what the adapter has, whether they differ
+        ("rank", lora.rank, config["r"], lora.rank != config["r"]),
+        ("alpha", lora.alpha, config["lora_alpha"], lora.alpha != config["lora_alpha"]),
+        ("dropout", lora.dropout, config["lora_dropout"], lora.dropout != config["lora_dropout"]),
+        ("targets", lora.targets, ", ".join(layers), not follows_targets(model, lora.targets)),
+    ]
     return [
-        f"lora.{named[key]} = {value} was not used: the champion's adapter continues with {config[key]}"
-        for key, value in wanted.items()
-        if config[key] != value
+        f"lora.{name} = {asked} was not used: the champion's adapter continues with {kept}"
+        for name, asked, kept, differs in settings
+        if differs
     ]

@@ -309,17 +309,18 @@ def learning_rate(step: int, steps: int, spec: TrainSpec) -> float:
 
 
 def train(job: TrainJob, tell: Tell, should_stop: Callable[[], bool]) -> TrainReport:
-    """Runs a job to its complete result directory. Calling it again continues, or finds the result.
+    """Runs a job to its complete result directory. Calling it again continues, or finds the result;
+    what another job left there is replaced.
 
     Raises `Interrupted` after a checkpoint when `should_stop` says so, `NonFiniteLoss` before an update
     that would spoil the adapter, `IntegrityError` when snapshot or parent are not what was written.
     """
     out, checkpoints = Path(job.out), Checkpoints(Path(job.work), job)
-    if not artifacts.is_complete(out):
+    if not artifacts.made_for(out, job.digest):
         for given in (job.snapshot, job.parent):
             if given is not None:
                 artifacts.verify(given)
-        with deterministic(job.train.seed, job.train.threads):
+        with deterministic(job.train.seed, job.train.threads, job.model.device):
             _run(job, checkpoints, tell, should_stop)
     checkpoints.clear()
     return TrainReport.from_json(result_files(out)["report"].read_text(encoding="utf-8"))
@@ -345,14 +346,14 @@ def _run(job: TrainJob, checkpoints: Checkpoints, tell: Tell, should_stop: Calla
     _resume(learner, checkpoints)
     learner.train(experience, eval_streams=[])
     learner.count_time()
-    with artifacts.atomic_dir(job.out) as folder:
+    with artifacts.atomic_dir(job.out, {"job": job.digest}) as folder:
         result.write(
             folder,
             job,
             model=learner.model,
             methods=methods,
             course=learner.course,
-            rows=len(experience.new),
+            new=experience.new,
             replay_rows=learner.replay_rows,
             rehearsed=learner.rehearsed,
         )

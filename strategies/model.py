@@ -16,15 +16,21 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch.nn import Module, Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from storage.errors import ModelError
 from strategies.contract import LoraSpec, ModelSpec
 from strategies.text import Prompter
 
+ALL_LINEAR = "all-linear"  # every linear layer but the one that makes the logits
+UNLIMITED = 1_000_000  # tokens: the context of a model that names none
+_CPU_INFO = Path("/proc/cpuinfo")
 # Instructions without which bfloat16 on a CPU is emulated, many times slower than float32.
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
@@ -37,6 +43,10 @@ class Base:
     model: Module
     prompter: Prompter
     device: torch.device
+
+    @property
+    def context_tokens(self) -> int:
+        return context_tokens(self.model)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 arithmetic where it was asked for or the hardware has it; weights stay as they are."""
@@ -55,7 +65,7 @@ def load_base(spec: ModelSpec) -> Base:
     return Base(
         spec=spec,
         model=model.to(device).eval(),
-        prompter=Prompter(tokenizer, spec.system_prompt, spec.max_tokens),
+        prompter=Prompter(tokenizer, spec.system_prompt, min(spec.max_tokens, context_tokens(model))),
         device=device,
     )
 
@@ -80,10 +90,17 @@ def load_folder(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
+def context_tokens(model: Any) -> int:
+    """The longest sequence that the model takes."""
+    # A multimodal model's limit is in the text part of its configuration.
+    named = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return min(int(named or UNLIMITED), UNLIMITED)
+
+
 def fresh_adapter(base: Base, lora: LoraSpec, seed: int) -> PeftModel:
     """A new adapter that changes nothing yet (B is zero); A is drawn from `seed`."""
     torch.manual_seed(seed)
-    targets = lora.targets if lora.targets == "all-linear" else [t.strip() for t in lora.targets.split(",")]
+    targets = ALL_LINEAR if lora.targets == ALL_LINEAR else _names(lora.targets)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -139,6 +156,26 @@ def trainable(model: Module) -> dict[str, Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def follows_targets(model: Module, targets: str) -> bool:
+    """Whether the adapter sits on the modules that `lora.targets` names, and on no others."""
+    beneath: Any = model.get_base_model
+    inner = beneath()
+    parts = {n: m for n, m in inner.named_modules() if ".base_layer" not in n and ".lora_" not in n}
+    if targets == ALL_LINEAR:
+        head, linear = inner.get_output_embeddings(), (torch.nn.Linear, Conv1D)
+        wanted = {
+            n for n, m in parts.items() if m is not head and isinstance(getattr(m, "base_layer", m), linear)
+        }
+    else:
+        ends = tuple(f".{name}" for name in _names(targets))
+        wanted = {name for name in parts if f".{name}".endswith(ends)}
+    return wanted == {name for name, module in parts.items() if isinstance(module, BaseTunerLayer)}
+
+
+def _names(targets: str) -> list[str]:
+    return [name.strip() for name in targets.split(",")]
+
+
 def uses_bfloat16(dtype: str, device: torch.device) -> bool:
     """Decided by flags, not by timing: the same machine must give the same adapter."""
     if dtype != "auto":
@@ -149,7 +186,7 @@ def uses_bfloat16(dtype: str, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def deterministic(seed: int, threads: int) -> Iterator[None]:
+def deterministic(seed: int, threads: int, device: str = "cpu") -> Iterator[None]:
     """Seeds every generator; same machine and number of threads, same result."""
     if threads:
         torch.set_num_threads(threads)
@@ -160,10 +197,16 @@ def deterministic(seed: int, threads: int) -> Iterator[None]:
     filling = switches.fill_uninitialized_memory
     switches.fill_uninitialized_memory = False  # a debugging aid that costs a sixth of a step
     try:
-        yield
+        with _attention(_device(device)):
+            yield
     finally:
         torch.use_deterministic_algorithms(False)
         switches.fill_uninitialized_memory = filling
+
+
+def _attention(device: str) -> AbstractContextManager[Any]:
+    """On CUDA the fused kernels sum their gradients in another order at every run; the plain one does not."""
+    return sdpa_kernel(SDPBackend.MATH) if device.startswith("cuda") else contextlib.nullcontext()
 
 
 def _device(wanted: str) -> str:
@@ -176,7 +219,7 @@ def _device(wanted: str) -> str:
 
 def _cpu_flags() -> set[str]:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = _CPU_INFO.read_text()
     except OSError:
         return set()
     line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")

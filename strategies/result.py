@@ -9,6 +9,7 @@ from pathlib import Path
 from torch.nn import Module
 
 from strategies import inheritance
+from strategies.batches import Example
 from strategies.catalogue import Method
 from strategies.checkpoint import Course
 from strategies.contract import TrainJob, TrainReport, result_files
@@ -23,19 +24,19 @@ def write(
     model: Module,
     methods: Sequence[Method],
     course: Course,
-    rows: int,
+    new: Sequence[Example],
     replay_rows: int,
     rehearsed: Collection[str],
 ) -> None:
     parts = result_files(folder)
     save_adapter(model, parts["adapter"])
     parts["state"].mkdir()
-    inheritance.carry_state(job.parent, parts["state"], but=[method.file for method in methods])
+    inheritance.carry_state(job, parts["state"], but=[method.file for method in methods], new=new)
     for method in methods:
         method.save(parts["state"])
     report = TrainReport(
         strategy=job.strategy.name,
-        rows=rows,
+        rows=len(new),
         replay_rows=replay_rows,
         steps=course.steps,
         epochs=course.epoch,
@@ -50,7 +51,7 @@ def write(
         memory_rows=len(memory_hashes(parts["state"])),
         state_bytes=sum(path.stat().st_size for path in parts["state"].iterdir()),
         trainable_parameters=sum(p.numel() for p in trainable(model).values()),
-        notes=_notes(job, methods, course),
+        notes=_notes(job, model, methods, course),
     )
     parts["report"].write_text(report.to_json() + "\n", encoding="utf-8")
 
@@ -61,9 +62,13 @@ def _last_epoch_loss(course: Course) -> float:
     return sum(point.loss for point in steps) / len(steps)
 
 
-def _notes(job: TrainJob, methods: Sequence[Method], course: Course) -> tuple[str, ...]:
+def _notes(job: TrainJob, model: Module, methods: Sequence[Method], course: Course) -> tuple[str, ...]:
     files = dict(zip(job.strategy.methods, (method.file for method in methods), strict=True))
-    said = [*course.notes, *inheritance.notes(job, files), *(note for m in methods for note in m.notes)]
+    said = [
+        *course.notes,
+        *inheritance.notes(job, model, files),
+        *(note for m in methods for note in m.notes),
+    ]
     if not course.validation_losses:
         said.append("no validation rows: every epoch was run and the last adapter kept")
     return tuple(said)

@@ -6,12 +6,16 @@ tokens, what users wrote without. So a question can say anything and stays a que
 
 import contextlib
 from dataclasses import dataclass, field
+from datetime import datetime
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from storage.errors import ModelError
 from strategies.tokens import Encoder, plain_encoder, template_encoder
 
+_DATE = datetime(2025, 1, 1)  # for every chat template that asks
 # Private-use characters: no template contains them, and they are gone before anything is tokenised.
 _QUESTION, _ANSWER = "\ue000\ue001", "\ue002\ue003"
 
@@ -34,23 +38,27 @@ class Prompter:
     max_tokens: int = 512
     pieces: Pieces = field(init=False)
     _encode: Encoder = field(init=False)
+    _encode_question: Encoder = field(init=False)  # which may come first in the sequence
 
     def __post_init__(self) -> None:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ModelError("this model's tokenizer has no fast form (tokenizer.json); choose another base")
         self._encode = plain_encoder(backend)
-        self.pieces = _pieces(self.tokenizer, template_encoder(backend), self.system_prompt)
+        self.pieces = _pieces(self.tokenizer, backend, self.system_prompt)
+        self._encode_question = self._encode if self.pieces.before else plain_encoder(backend, first=True)
 
-    def prompt_ids(self, question: str, context: str = "") -> list[int]:
+    def prompt_ids(self, question: str, context: str = "", *, longest: int | None = None) -> list[int]:
         """Everything up to where the model answers. A context comes before the question.
 
-        Text beyond `max_tokens` is cut at its beginning, so that the question stays. Stored rows fit, as
-        intake measures them; what people ask need not.
+        Text beyond `max_tokens`, or beyond a prompt of `longest` tokens, is cut at its beginning, so that
+        the question stays. Stored rows fit, as intake measures them; what people ask need not.
         """
         text = f"{context}\n\n{question}" if context else question
-        room = max(self.max_tokens - self.template_tokens, 1)
-        return [*self.pieces.before, *self._encode(text)[-room:], *self.pieces.between]
+        room = self.max_tokens - self.template_tokens
+        if longest is not None:
+            room = min(room, longest - len(self.pieces.before) - len(self.pieces.between))
+        return [*self.pieces.before, *self._encode_question(text)[-max(room, 1) :], *self.pieces.between]
 
     def answer_ids(self, answer: str) -> list[int]:
         """The answer and the token that ends it."""
@@ -79,12 +87,16 @@ class Prompter:
 
     @property
     def template_tokens(self) -> int:
-        """Tokens around an empty question and answer, the system prompt included."""
-        return len(self.pieces.before) + len(self.pieces.between) + len(self.pieces.end)
+        """Tokens around an empty question and answer, the system prompt included.
+
+        Where the question comes first, one token is for the word boundary that it may begin with.
+        """
+        return (len(self.pieces.before) or 1) + len(self.pieces.between) + len(self.pieces.end)
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, encode: Encoder, system: str) -> Pieces:
+def _pieces(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer, system: str) -> Pieces:
     before, between, after = _split(_conversation(tokenizer, system))
+    encode = template_encoder(backend)
     end = encode(after)
     # Not all_special_ids: many a model's end of turn is special without being anybody's bos or eos.
     special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -97,7 +109,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, encode: Encoder, system: str) ->
         raise ModelError(
             "this model has neither an end-of-turn nor an end-of-text token; choose another base"
         )
-    return Pieces(before=encode(before), between=encode(between), end=end)
+    return Pieces(before=template_encoder(backend, first=True)(before), between=encode(between), end=end)
 
 
 def _conversation(tokenizer: PreTrainedTokenizerBase, system: str) -> str:
@@ -118,6 +130,10 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, system: str) -> str:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str:
+    # Some templates put today's date into the prompt; the same rows must give the same adapter on any day.
+    # The renderer takes no functions from its caller, but the compiled template that it keeps does.
+    compiled = _compile_jinja_template(tokenizer.get_chat_template())
+    compiled.environment.globals["strftime_now"] = _DATE.strftime
     return str(tokenizer.apply_chat_template(turns, tokenize=False))
 
 

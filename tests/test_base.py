@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from safetensors.torch import load_file
 
 from storage.artifacts import verify
 from storage.errors import ModelError
+from storage.records import State
 from strategies.answer import Answerer
-from strategies.base import fingerprint, prepare
+from strategies.base import RECORD, _stamp, fingerprint, prepare, prepared
 from strategies.contract import ModelSpec, PreparedBase, PrepareJob, Progress
 from strategies.text import Prompter
-from tests.toys import tiny_base, tiny_tokenizer
+from tests.bots import FLAVOURS, lesson, make_bot
+from tests.toys import CHATML, tiny_base, tiny_multimodal, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,87 @@ def test_the_fingerprint_follows_weights_and_tokenizer_and_not_the_place(
     assert ready(other, tmp_path / "elsewhere").fingerprint != here
     tokenizer.write_text(tokenizer.read_text() + " ")
     assert fingerprint(tmp_path / "copy", tokenizer) != here
+
+
+def edit(base: Path, what: str) -> None:
+    """Changes a base where it lies."""
+    settings = {"config.json": "config.json", "end of text": "tokenizer_config.json"}.get(what)
+    if what == "weights":
+        tiny_base(base, seed=1)
+    elif what == "chat template":
+        (base / "chat_template.jinja").write_text(CHATML.replace("assistant", "bot"))
+    elif what == "a file more":
+        (base / "chat_template.jinja").rename(base / "renamed.jinja")
+    else:
+        assert settings
+        changes = {"config.json": {"rope_theta": 1.0}, "end of text": {"eos_token": "<|endoftext|>"}}[what]
+        values = json.loads((base / settings).read_text())
+        (base / settings).write_text(json.dumps({**values, **changes}))
+
+
+@pytest.mark.parametrize("what", ["weights", "chat template", "a file more", "config.json", "end of text"])
+def test_a_base_that_is_edited_where_it_lies_is_prepared_anew_and_is_another(
+    folder: Path, tmp_path: Path, what: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "base")
+    before = ready(tmp_path / "base", tmp_path / "out")
+    assert prepared(tmp_path / "out") == before
+    edit(tmp_path / "base", what)
+    assert prepared(tmp_path / "out") is None
+    after = ready(tmp_path / "base", tmp_path / "out")
+    assert after.fingerprint != before.fingerprint
+    assert prepared(tmp_path / "out") == after
+
+
+def test_who_wrote_a_configuration_does_not_matter(folder: Path, tmp_path: Path) -> None:
+    before = ready(folder, tmp_path / "here").fingerprint
+    shutil.copytree(folder, tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "transformers_version": "9.9", "_name_or_path": "elsewhere"}))
+    assert ready(tmp_path / "base", tmp_path / "there").fingerprint == before
+
+
+def test_a_gguf_file_that_is_replaced_is_converted_again_and_one_that_is_gone_is_not_missed(
+    folder: Path, tmp_path: Path
+) -> None:
+    """As after a conversion, which takes a real model: the record is written by hand."""
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"weights")
+    base = replace(ready(folder, tmp_path / "out"), source=str(gguf), stamp=_stamp(gguf))
+    (tmp_path / "out" / RECORD).write_text(base.to_json())
+    assert prepared(tmp_path / "out") == base
+    gguf.write_bytes(b"other weights")
+    assert prepared(tmp_path / "out") is None
+    gguf.unlink()
+    assert prepared(tmp_path / "out") == base
+
+
+def test_a_base_that_was_prepared_before_sources_were_recorded_is_prepared_anew(
+    folder: Path, tmp_path: Path
+) -> None:
+    now = ready(folder, tmp_path / "out")
+    values = json.loads(now.to_json())
+    del values["source"], values["stamp"]
+    (tmp_path / "out" / RECORD).write_text(json.dumps(values))
+    assert prepared(tmp_path / "out") is None
+    assert ready(folder, tmp_path / "out") == now
+
+
+def test_an_adapter_of_a_base_that_was_edited_since_is_not_trained_on(tmp_path: Path) -> None:
+    bot = make_bot(tmp_path)
+    bot.collect(lesson("colours"))
+    assert bot.run().state is State.PROMOTED
+    edit(tmp_path / "base", "weights")
+    bot.collect(lesson("flavours", FLAVOURS))
+    cycle = bot.run()
+    bot.store.close()
+    assert cycle.state is State.FAILED
+    assert "is not the base of champion version 1" in (cycle.reason or "")
+
+
+def test_a_multimodal_base_has_the_context_of_its_text_part(tmp_path: Path) -> None:
+    assert ready(tiny_multimodal(tmp_path / "base"), tmp_path / "out").context_tokens == 96
 
 
 def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:

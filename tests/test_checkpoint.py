@@ -60,6 +60,7 @@ def test_interrupted_anywhere_it_ends_in_the_same_adapter(whole: TrainJob, tmp_p
     uninterrupted = run(whole)
     assert [point.loss for point in report.curve] == [point.loss for point in uninterrupted.curve]
     assert report.validation_losses == uninterrupted.validation_losses
+    assert report.rehearsed == uninterrupted.rehearsed != ()
 
 
 class Killed(BaseException):

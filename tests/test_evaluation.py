@@ -1,5 +1,6 @@
 """Answering suites: complete, reproducible, and the base answers as if no adapter had ever been there."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -17,7 +18,7 @@ from strategies.answer import Answerer
 from strategies.contract import EvaluateJob, LoraSpec, Metric, Progress, SuiteJob, Task, TaskKind
 from strategies.evaluation import SCHEMA, answer, evaluate
 from strategies.model import Base, fresh_adapter, load_base, save_adapter, trainable
-from tests.toys import teach_to_recite, tiny_base, tiny_model_spec, tiny_rows
+from tests.toys import teach_to_recite, tiny_base, tiny_gpt2, tiny_model_spec, tiny_rows
 
 FREE = Task(name="free", kind=TaskKind.FREE, metric=Metric.TOKEN_F1)
 COLOUR = Task(name="colour", kind=TaskKind.LABELS, metric=Metric.ACCURACY, labels=("blue", "green", "red"))
@@ -115,8 +116,19 @@ def test_the_same_job_gives_the_same_bytes(
 
 
 def test_a_finished_job_is_not_done_again(folder: Path, suites: tuple[SuiteJob, ...], tmp_path: Path) -> None:
-    before = run(job(folder, suites, tmp_path / "out", {"base": None}))
-    assert run(job(tmp_path / "gone", suites, tmp_path / "out", {"base": None})) == before
+    asked = job(tmp_path / "base", suites, tmp_path / "out", {"base": None})
+    shutil.copytree(folder, tmp_path / "base")
+    before = run(asked)
+    shutil.rmtree(tmp_path / "base")
+    assert run(asked) == before
+
+
+def test_what_another_job_left_is_not_taken_for_this_ones_answers(
+    folder: Path, suites: tuple[SuiteJob, ...], tmp_path: Path
+) -> None:
+    short = run(job(folder, suites, tmp_path / "out", {"base": None}, max_new_tokens=1))
+    asked = job(folder, suites, tmp_path / "out", {"base": None}, max_new_tokens=6)
+    assert run(asked) == run(replace(asked, out=str(tmp_path / "fresh"))) != short
 
 
 def test_the_base_answers_the_same_before_and_after_adapters(
@@ -214,6 +226,18 @@ def test_a_bases_own_taste_in_generation_is_not_followed(tmp_path: Path) -> None
     base = load_base(tiny_model_spec(folder))
     recite(base, "abc", then=None)
     assert answer(base.model, base, [("Why?", "")], FREE, batch_size=1, max_new_tokens=7) == ["abcabca"]
+
+
+@pytest.mark.parametrize("task", [FREE, COLOUR], ids=lambda task: task.name)
+def test_an_answer_has_room_even_where_the_context_is_short(tmp_path: Path, task: Task) -> None:
+    base = load_base(tiny_model_spec(tiny_gpt2(tmp_path, positions=64)))
+    questions = [(text, "") for text in ("Why?", "Why? " * 6 + "So?", "Why? " * 99)]
+    alone = [
+        answer(base.model, base, [asked], task, batch_size=1, max_new_tokens=50)[0] for asked in questions
+    ]
+    assert answer(base.model, base, questions, task, batch_size=3, max_new_tokens=50) == alone
+    if task is COLOUR:
+        assert set(alone) <= set(COLOUR.labels)
 
 
 # The answerer of `daemon ask` and MLflow.

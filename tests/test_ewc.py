@@ -20,7 +20,7 @@ from strategies.experience import Loader
 from strategies.model import trainable
 from strategies.quadratic import Quadratic
 from tests import trainings
-from tests.toys import tiny_base
+from tests.toys import tiny_base, tiny_multimodal
 from tests.trainings import adapter_bytes, job, lesson, run, snapshot
 
 EWC = StrategySpec(methods=("ewc",), ewc_lambda=10.0, fisher_rows=4)
@@ -82,6 +82,16 @@ def test_the_fisher_information_does_not_know_the_batch_size(tmp_path: Path) -> 
 def test_a_fisher_information_that_is_not_finite_is_refused() -> None:
     with pytest.raises(NonFiniteLoss, match="Fisher"):
         fisher_information(teacher(Unigram([1.0, math.nan, 1.0])), [says(0)])
+
+
+def test_what_a_text_does_not_go_through_has_no_fisher_information(tmp_path: Path) -> None:
+    learner = trainings.learner(tiny_multimodal(tmp_path / "base"), tmp_path / "work")
+    rows = trainings.experience(learner, lesson("a", 2)).new
+    fisher = fisher_information(learner, rows)
+    assert fisher.keys() == trainable(learner.model).keys()
+    sees = {name for name in fisher if "vision_tower" in name}
+    assert sees
+    assert {name for name, information in fisher.items() if not information.any()} == sees
 
 
 def test_the_rows_that_stand_for_an_experience_depend_on_content_and_seed_only() -> None:

@@ -197,6 +197,26 @@ def test_a_parents_shape_wins_over_new_lora_settings_and_that_is_said(base: Path
     assert "lora.rank = 3 was not used: the champion's adapter continues with 2" in report.notes
 
 
+def test_other_lora_targets_than_the_parents_are_said(base: Path, tmp_path: Path) -> None:
+    data = [snapshot(tmp_path / task, lesson(task, 4)) for task in "abc"]
+    everywhere, some = LoraSpec(rank=2, alpha=4), LoraSpec(rank=2, alpha=4, targets="q_proj, v_proj")
+    run(job(base, data[0], tmp_path / "all", lora=everywhere))
+    run(job(base, data[0], tmp_path / "some", lora=some))
+
+    def said(parent: str, lora: LoraSpec) -> list[str]:
+        report = run(job(base, data[1], tmp_path / f"{parent} {lora.targets}", tmp_path / parent, lora=lora))
+        return [note for note in report.notes if note.startswith("lora.")]
+
+    kept = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert said("all", everywhere) == said("some", some) == []
+    assert said("all", some) == [
+        f"lora.targets = q_proj, v_proj was not used: the champion's adapter continues with {kept}"
+    ]
+    assert said("some", everywhere) == [
+        "lora.targets = all-linear was not used: the champion's adapter continues with q_proj, v_proj"
+    ]
+
+
 def test_a_change_of_strategy_works_and_is_said(base: Path, tmp_path: Path) -> None:
     replay = StrategySpec(methods=("replay",))
     both = StrategySpec(methods=("replay", "ewc"), fisher_rows=3)
@@ -213,7 +233,7 @@ def test_a_change_of_strategy_works_and_is_said(base: Path, tmp_path: Path) -> N
     assert set(state(tmp_path / "two")) == {"replay.json", "ewc.safetensors"}
 
 
-def test_the_state_of_methods_at_rest_is_carried_along_untouched(base: Path, tmp_path: Path) -> None:
+def test_a_penalty_at_rest_is_carried_along_and_what_it_missed_is_said(base: Path, tmp_path: Path) -> None:
     both = StrategySpec(methods=("replay", "ewc"), fisher_rows=3)
     run(job(base, snapshot(tmp_path / "first", lesson("a", 8)), tmp_path / "one", strategy=both))
     second = snapshot(tmp_path / "second", lesson("b", 8), memory=lesson("a", 8))
@@ -222,6 +242,21 @@ def test_the_state_of_methods_at_rest_is_carried_along_untouched(base: Path, tmp
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     assert two["ewc.safetensors"] == one["ewc.safetensors"]
     assert two["replay.json"] != one["replay.json"]
+    third = snapshot(tmp_path / "third", lesson("c", 8), memory=[*lesson("a", 8), *lesson("b", 8)])
+    report = run(job(base, third, tmp_path / "three", tmp_path / "two", strategy=both))
+    assert report.notes[:2] == (
+        "strategy changed from replay to replay+ewc",
+        "ewc was at rest and knows nothing of the cycles that were learned meanwhile",
+    )
+
+
+def test_what_another_job_left_is_not_taken_for_this_ones_result(base: Path, tmp_path: Path) -> None:
+    old, new = (snapshot(tmp_path / task, lesson(task, 8)) for task in "ab")
+    run(job(base, old, tmp_path / "out"))
+    before = adapter_bytes(tmp_path / "out")
+    run(job(base, new, tmp_path / "out"))
+    run(job(base, new, tmp_path / "fresh"))
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "fresh") != before
 
 
 def test_a_snapshot_that_was_changed_is_refused(base: Path, tmp_path: Path) -> None:
@@ -249,6 +284,17 @@ def test_the_catalogue_holds_the_methods_that_the_configuration_knows() -> None:
     assert set(catalogue.METHODS) == set(METHODS)
     files = [method.file for method in catalogue.build(StrategySpec(methods=METHODS), seed=0)]
     assert len(set(files)) == len(files)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_adapter_twice(base: Path, tmp_path: Path) -> None:
+    data = snapshot(tmp_path / "snapshot", lesson("a", 64), lesson("a", 4, split="validation", start=80))
+    gpu = tiny_model_spec(base, device="cuda", dtype="bfloat16")
+    ewc = StrategySpec(methods=("ewc",))
+    for out in ("one", "two"):
+        run(job(base, data, tmp_path / out, model=gpu, strategy=ewc))
+    assert adapter_bytes(tmp_path / "one") == adapter_bytes(tmp_path / "two")
+    assert state(tmp_path / "one") == state(tmp_path / "two")
 
 
 def test_train_is_what_the_worker_calls() -> None:

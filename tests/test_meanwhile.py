@@ -12,7 +12,7 @@ from daemon import promote, report
 from storage.errors import RegistryError, RegistryUnavailable
 from storage.records import State
 from storage.registry import Registry
-from strategies.contract import TaskKind
+from strategies.contract import TaskKind, TrainReport
 from tests.bots import FLAVOURS, Bot, lesson, make_bot, make_bot_again, two_promoted
 
 
@@ -130,6 +130,26 @@ def test_with_another_mlflow_the_cycle_waits_and_touches_no_alias(
     assert run_again(back, cycle.id).state is State.PROMOTED
     assert back.registry.alias("champion") == 2
     back.store.close()
+
+
+def test_after_a_restored_backup_no_row_counts_as_learned_that_no_model_saw(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    bot.store.close()
+    backup = bot.home / "backup.duckdb"
+    shutil.copy(bot.settings.store_path, backup)
+    bot.reopen()
+    bot.collect(lesson("flavours", FLAVOURS))
+    bot.run()
+    bot.store.close()
+    shutil.copy(backup, bot.settings.store_path)
+    bot.reopen()
+    bot.collect([(f"n{i}", "flavours", f"another flavour {i}", "sweet", "train") for i in range(30)])
+    cycle = bot.run()
+    assert cycle.state is State.PROMOTED
+    folder = bot.settings.state_dir / "cycles" / str(cycle.id) / "train"
+    told = TrainReport.from_json((folder / "report.json").read_text())
+    assert told.rows == len(bot.store.cycle_rows(cycle.id, "train")) == 46
 
 
 def test_mlflow_shows_what_a_cycle_was_run_with_whatever_the_configuration_says_since(

@@ -193,11 +193,28 @@ def test_the_arithmetic_is_what_was_asked_for(folder: Path) -> None:
     cpu = torch.device("cpu")
     assert model.uses_bfloat16("bfloat16", cpu)
     assert not model.uses_bfloat16("float32", cpu)
-    assert model.uses_bfloat16("auto", cpu) == model.uses_bfloat16("auto", cpu)
     base = load_base(tiny_model_spec(folder, dtype="bfloat16"))
     with base.autocast():
         assert logits(base.model).dtype == torch.bfloat16
     assert {p.dtype for p in base.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu avx2 amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("flags\t\t: fpu avx2 avx512f\nbugs\t\t: bf16\n", False),
+        ("", False),
+    ],
+)
+def test_left_to_itself_a_cpu_takes_bfloat16_only_where_it_has_instructions_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, has: bool
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}")
+    monkeypatch.setattr(model, "_CPU_INFO", tmp_path / "cpuinfo")
+    assert model.uses_bfloat16("auto", torch.device("cpu")) is has
 
 
 def test_equal_seeds_draw_equal_numbers_and_the_setting_is_left_as_found() -> None:
@@ -209,3 +226,19 @@ def test_equal_seeds_draw_equal_numbers_and_the_setting_is_left_as_found() -> No
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_attention_sums_its_gradients_in_one_order() -> None:
+    def gradient() -> torch.Tensor:
+        with model.deterministic(0, threads=0, device="auto"):
+            q, k, v = (torch.randn(8, 4, 300, 64, device="cuda", requires_grad=True) for _ in range(3))
+            mask = torch.ones(8, 1, 300, 300, dtype=torch.bool, device="cuda").tril()
+            with torch.autocast("cuda", torch.bfloat16):
+                told = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            told.float().square().sum().backward()
+            assert q.grad is not None
+            return q.grad
+
+    first = gradient()
+    assert all(torch.equal(first, gradient()) for _ in range(5))

@@ -162,6 +162,38 @@ def test_a_second_cycle_rehearses_what_the_first_one_learned(base: Path, tmp_pat
     assert adapter_bytes(tmp_path / "naive") != adapter_bytes(tmp_path / "two")
 
 
+def test_a_memory_at_rest_takes_in_what_is_learned_meanwhile(base: Path, tmp_path: Path) -> None:
+    old, new = lesson("a", 16), lesson("b", 16)
+    run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=REPLAY))
+    second = snapshot(tmp_path / "2", new)
+    resting = replace(REPLAY, methods=())
+    report = run(job(base, second, tmp_path / "two", tmp_path / "one", strategy=resting))
+    expected = remember(*([(row.hash, row.task) for row in part] for part in (old, new)), size=12)
+    assert replay_memory.load(result_files(tmp_path / "two")["state"]) == expected
+    assert (report.rehearsed, report.memory_rows) == ((), 12)
+    run(job(base, second, tmp_path / "naive", strategy=resting))
+    assert replay_memory.load(result_files(tmp_path / "naive")["state"]) is None
+
+
+def test_the_report_names_the_remembered_rows_that_were_rehearsed(base: Path, tmp_path: Path) -> None:
+    """Those of the epochs that were run: an early stop leaves rows on offer untouched."""
+    old, new = lesson("a", 40), lesson("b", 8)
+    watched = lesson("b", 4, split="validation", start=40)
+    everything = replace(REPLAY, replay_size=40)
+    first = run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=everything))
+    assert first.rehearsed == ()
+    data = snapshot(tmp_path / "2", new, watched, old)
+    for patience, rate in ((0, 0.01), (1, 0.0)):  # nothing gets better at a rate of zero
+        spec = replace(SPEC, epochs=5, patience=patience, learning_rate=rate)
+        out = tmp_path / f"patience {patience}"
+        report = run(job(base, data, out, tmp_path / "one", strategy=everything, train=spec))
+        memory = remember([(row.hash, row.task) for row in old], size=40)
+        drawn = {row for epoch in range(report.epochs) for row in memory.rehearse(4, seed=0, epoch=epoch)}
+        assert report.rehearsed == tuple(sorted(drawn))
+        assert len(drawn) == 4 * report.epochs
+        assert report.stopped_early == bool(patience)
+
+
 def test_rows_that_were_erased_are_forgotten_and_that_is_said(base: Path, tmp_path: Path) -> None:
     old = lesson("a", 10)
     run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=REPLAY))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from storage.artifacts import is_complete
+from storage.artifacts import atomic_dir, is_complete, made_for
 from strategies.checkpoint import INFO
 from strategies.contract import (
     LoraSpec,
@@ -146,6 +146,16 @@ def assert_same(one: TrainJob, other: TrainJob) -> None:
     assert state(one.out) == state(other.out)
 
 
+def test_a_directory_is_made_for_the_job_in_its_manifest_and_no_other(tmp_path: Path) -> None:
+    with atomic_dir(tmp_path / "out", {"job": "one"}):
+        assert not made_for(tmp_path / "out", "one")
+    with atomic_dir(tmp_path / "old"):
+        pass
+    assert made_for(tmp_path / "out", "one")
+    assert not made_for(tmp_path / "out", "two")
+    assert not made_for(tmp_path / "old", "one")
+
+
 def test_another_process_makes_the_same_adapter_and_the_same_state(
     children: Children, cycles: tuple[TrainJob, TrainJob], tmp_path: Path
 ) -> None:
@@ -273,14 +283,14 @@ def test_errors_that_are_not_ours_are_one_line_for_people_and_a_traceback_in_the
     for how in ("memory", "torch", "bug"):
         noisy.ask("fail", {"how": how})
         error = noisy.hear()["error"]
-        assert error["type"] == "WorkerError"
+        assert error["type"] == "StageError"
         messages[how] = error["message"]
     assert messages["bug"] == "KeyError: 'first line'"
     for how in ("memory", "torch"):
         assert "memory ran out" in messages[how]
         assert "lower training.batch_size" in messages[how]
     noisy.ask("no-such-stage", {})
-    assert noisy.hear()["error"]["type"] == "WorkerError"
+    assert noisy.hear()["error"]["type"] == "StageError"
     assert noisy.process.stdin is not None
     noisy.process.stdin.close()
     assert "Traceback" in noisy.errors()
