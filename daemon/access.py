@@ -6,8 +6,9 @@ store only when it is needed: it costs more than asking the daemon.
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 HERE = Path("config.toml")
 SYSTEM = Path("/etc/holdfast/config.toml")
 SILENCE_SECONDS = 600.0  # an ingest or a slow MLflow may say nothing for this long
+QUICK_SECONDS = 30.0  # for what a healthy daemon answers at once
+QUICK = ("status", "history", "show", "quarantine", "serving", "pause", "resume", "cancel")
+_PAUSE = 0.2  # seconds between two tries
+RETURN_SECONDS = 60.0  # for a daemon that is restarted under a client that follows a cycle
 
 
 def config_path(given: Path | None, *, must_exist: bool = True) -> Path:
@@ -80,8 +85,9 @@ def ask(
     **args: Any,
 ) -> dict[str, Any]:
     """Asks the daemon. Raises `DaemonNotRunning`, or says that one is there but has no ear (yet)."""
+    timeout = QUICK_SECONDS if command in QUICK else SILENCE_SECONDS
     try:
-        return Client(settings.socket_path, timeout=SILENCE_SECONDS).call(command, on_event, **args)
+        return Client(settings.socket_path, timeout=timeout).call(command, on_event, **args)
     except DaemonNotRunning:
         holder = statedir.holder(settings.state_dir)
         if holder is None or holder.purpose != statedir.DAEMON:
@@ -89,6 +95,39 @@ def ask(
         raise ControlError(
             f"the daemon (process {holder.pid}) is starting, stopping or hanging; try again in a "
             "moment, else see `journalctl -u holdfast`"
+        ) from None
+
+
+def retrain(
+    settings: Settings,
+    on_event: Callable[[dict[str, Any]], None],
+    *,
+    wait: bool,
+    patience: float = RETURN_SECONDS,
+) -> dict[str, Any]:
+    """Asks for a cycle and, with `wait`, follows that very cycle to its end, over restarts of the daemon.
+
+    Raises `ControlError` when the daemon stays away for `patience` seconds.
+    """
+    cycle: int | None = None
+    heard = 0.0
+
+    def hear(event: dict[str, Any]) -> None:
+        nonlocal cycle, heard
+        cycle, heard = event.get("cycle", cycle), time.monotonic()
+        on_event(event)
+
+    try:
+        return ask(settings, "retrain", hear, wait=wait)
+    except ControlError as error:
+        if not wait or cycle is None:
+            raise
+        while time.monotonic() - heard < patience:
+            time.sleep(_PAUSE)
+            with suppress(ControlError):
+                return ask(settings, "follow", hear, cycle=cycle)
+        raise ControlError(
+            f"{error} It did not come back within {patience:.0f} s: start it, then `daemon show {cycle}`"
         ) from None
 
 

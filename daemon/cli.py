@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from storage.errors import HoldfastError
+from storage.errors import HoldfastError, StoreBusy
 
 if TYPE_CHECKING:
     from daemon.config import Settings
@@ -80,6 +80,9 @@ def run(config: ConfigOption = None) -> None:
 
     try:
         code = service.run(_config_path(config))
+    except StoreBusy as error:
+        _complain(error)
+        code = service.BUSY
     except HoldfastError:
         raise
     except Exception:  # systemd restarts after this one, and not after a user's mistake
@@ -268,7 +271,7 @@ def retrain_now(
                 follower.event(event)
 
         try:
-            told = access.ask(settings, "retrain", hear, wait=wait)
+            told = access.retrain(settings, hear, wait=wait)
         except KeyboardInterrupt:
             told = None
     if told is None:

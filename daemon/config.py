@@ -10,25 +10,45 @@ import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from storage.errors import ConfigError
+from storage.reach import absolute, known_scheme
 
 ENV_PREFIX = "HOLDFAST_"
 METHODS = ("replay", "ewc")
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
+File = Annotated[Path, Field(strict=False)]  # TOML has no paths, only text
+_YEARS = 100  # no setting in hours or days means longer
 
 
 class Section(BaseModel):
     """A table of config.toml."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # Strict: `max_drop = true` must not become 1.0 and open the gate.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, strict=True, allow_inf_nan=False
+    )
 
 
 class Bot(Section):
@@ -39,7 +59,7 @@ class Bot(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
         description="Experiment and model name in MLflow.",
     )
-    state_dir: Path = Field(
+    state_dir: File = Field(
         Path("state"),
         description="Where everything the daemon keeps lives. Relative paths are relative to this file.",
     )
@@ -161,16 +181,28 @@ class Columns(Section):
 class Source(Section):
     """Your collector's DuckDB. It is only read."""
 
-    path: Path | None = Field(None, description="DuckDB file. Unset: rows come by `daemon ingest` only.")
+    path: File | None = Field(None, description="DuckDB file. Unset: rows come by `daemon ingest` only.")
     table: str = Field("qa", min_length=1, description="Table or view, with its schema if any.")
     default_task: str = Field("general", min_length=1, description="Task of rows without one.")
     overlap_hours: float = Field(
-        48, ge=0, description="Hours before the newest row seen that are read again, for late rows."
+        48,
+        ge=0,
+        le=_YEARS * 366 * 24,
+        description="Hours before the newest row seen that are read again, for late rows.",
     )
-    full_scan_days: float = Field(7, ge=0, description="Days after which everything is compared once more.")
+    full_scan_days: float = Field(
+        7, ge=0, le=_YEARS * 366, description="Days after which everything is compared once more."
+    )
     batch_rows: Positive = Field(20_000, description="Rows read under one short lock.")
-    busy_timeout: float = Field(60, ge=0, description="Seconds to wait for a collector that holds the file.")
+    busy_timeout: float = Field(
+        60, ge=0, le=86_400, description="Seconds to wait for a collector that holds the file."
+    )
     columns: Columns = Field(default_factory=Columns)
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _unset(cls, value: object) -> object:
+        return None if value == "" else value
 
 
 class Splits(Section):
@@ -246,6 +278,16 @@ class Mlflow(Section):
         "", description='MLflow tracking URI. "": an SQLite database and a folder in the state directory.'
     )
 
+    @field_validator("tracking_uri")
+    @classmethod
+    def _usable(cls, value: str) -> str:
+        if value and not known_scheme(value):
+            raise ValueError(
+                "must begin with sqlite:///, http://, https://, postgresql://, mysql:// or mssql://; folders "
+                "of files are no longer a store of MLflow"
+            )
+        return value
+
 
 class TaskOverride(Section):
     """Optional, one table a task: [tasks.NAME]. What is unset is inferred from the rows."""
@@ -256,7 +298,9 @@ class TaskOverride(Section):
     metric: Literal["exact_match", "token_f1", "accuracy"] | None = Field(
         None, description="What the gate compares."
     )
-    labels: tuple[str, ...] = Field((), description="The closed set; empty: the answers seen so far.")
+    labels: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="The closed set; empty: the answers seen so far."
+    )
 
 
 class Settings(BaseSettings):
@@ -288,7 +332,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return EnvSettingsSource(settings_cls), init_settings
+        return _Environment(settings_cls), init_settings
 
     @property
     def state_dir(self) -> Path:
@@ -305,6 +349,39 @@ class Settings(BaseSettings):
     @property
     def tracking_uri(self) -> str:
         return self.mlflow.tracking_uri or f"sqlite:///{self.state_dir / 'mlflow.db'}"
+
+
+class _Environment(EnvSettingsSource):
+    """Variables are text: here, and only here, text becomes what its setting wants."""
+
+    def __call__(self) -> dict[str, Any]:
+        return _typed(super().__call__(), Settings)
+
+
+def _typed(values: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
+    """What cannot be read as its setting stays text, for the validation to complain about."""
+    found = {}
+    for key, value in values.items():
+        field = section.model_fields.get(key)
+        if field is None or not isinstance(value, str | dict):
+            found[key] = value
+        elif isinstance(value, dict):
+            found[key] = _typed_table(value, field.annotation)
+        else:
+            try:
+                wanted: TypeAdapter[Any] = TypeAdapter(field.annotation or str)
+                found[key] = wanted.validate_strings(value, strict=False)
+            except ValidationError:
+                found[key] = value
+    return found
+
+
+def _typed_table(values: dict[str, Any], annotation: Any) -> dict[str, Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return _typed(values, annotation)
+    named = (value for value in get_args(annotation) if value is TaskOverride)  # dict[str, TaskOverride]
+    section = next(named, None)
+    return {name: _typed(value, section) if section else value for name, value in values.items()}
 
 
 def load(path: Path) -> Settings:
@@ -325,11 +402,18 @@ def load(path: Path) -> Settings:
     _check_environment()
     try:
         settings = Settings(**values)
+    except SettingsError as error:
+        raise ConfigError(
+            f"the environment ({ENV_PREFIX}…): {error}; a list is written as JSON, a key as SECTION__KEY"
+        ) from None
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise ConfigError(
             f"{path}: {len(lines)} problem(s)\n" + "\n".join(f"  {line}" for line in lines)
         ) from None
+    from daemon import schedule  # brings APScheduler
+
+    schedule.parse(settings.schedule.cron, settings.schedule.timezone)
     return _absolute(settings, path.resolve().parent)
 
 
@@ -378,20 +462,51 @@ def _toml(value: Any) -> str:
 
 def _absolute(settings: Settings, home: Path) -> Settings:
     """Relative paths are relative to the config file, not to wherever the command was typed."""
-    bot = settings.bot.model_copy(update={"state_dir": home / settings.bot.state_dir.expanduser()})
+    bot = settings.bot.model_copy(
+        update={"state_dir": _expanded("bot.state_dir", settings.bot.state_dir, home)}
+    )
     source = settings.source
     if source.path is not None:
-        source = source.model_copy(update={"path": home / source.path.expanduser()})
-    base = settings.model.base
-    local = home / Path(base).expanduser()
-    if not base.startswith("package:") and local.exists():
-        base = str(local)
-    elif base.endswith(".gguf") or base.startswith(("/", "./", "../", "~")):
+        path = _expanded("source.path", source.path, home)
+        _check_source(path)
+        source = source.model_copy(update={"path": path})
+    model = settings.model.model_copy(update={"base": _base(settings.model.base, home)})
+    mlflow = settings.mlflow.model_copy(update={"tracking_uri": absolute(settings.mlflow.tracking_uri, home)})
+    return settings.model_copy(update={"bot": bot, "source": source, "model": model, "mlflow": mlflow})
+
+
+def _expanded(key: str, path: Path, home: Path) -> Path:
+    try:
+        return home / path.expanduser()
+    except RuntimeError:  # ~nobody
+        raise ConfigError(f'{key} = "{path}": there is no such account; write the whole path') from None
+
+
+def _check_source(path: Path) -> None:
+    """What can never be read is told now; a file that is not there yet, the collector may still make."""
+    if path.is_dir():
+        raise ConfigError(f'source.path = "{path}" is a directory; name the DuckDB file in it')
+    if path.exists() and not os.access(path, os.R_OK):
+        raise ConfigError(f'source.path = "{path}" cannot be read by this account; `chmod a+r {path}`')
+    if not path.parent.exists():
+        raise ConfigError(f'source.path = "{path}": there is no folder {path.parent}; correct the path')
+
+
+def _base(base: str, home: Path) -> str:
+    """A local base as an absolute path; hub and package names as they are."""
+    if base.startswith("package:"):
+        return base
+    local = _expanded("model.base", Path(base), home)
+    try:
+        if local.exists():
+            return str(local)
+    except OSError as error:
+        raise ConfigError(f'model.base = "{base}" cannot be looked at: {error.strerror}') from None
+    if base.endswith(".gguf") or base.startswith(("/", "./", "../", "~")):
         raise ConfigError(
             f'model.base = "{base}": no such file or folder; correct the path, or use a hub name'
         )
-    model = settings.model.model_copy(update={"base": base})
-    return settings.model_copy(update={"bot": bot, "source": source, "model": model})
+    return base
 
 
 def _check_environment() -> None:

@@ -276,7 +276,7 @@ class Follower:
         self._live: Progress | None = None
         self._bar: Any = None
         self._seen: set[str] = set()  # stages and other news that were printed
-        self._printed = 0.0
+        self._last, self._printed = "", 0.0
 
     def __enter__(self) -> "Follower":
         if self._console.is_terminal:
@@ -301,13 +301,15 @@ class Follower:
             total, done = (step["steps"] or None, step["step"]) if step else (None, 0)
             self._live.tasks[0].total = total  # `update` takes None for: as it was
             self._live.update(self._bar, description=_head(told), told=_news(told), completed=done)
-        elif (key := step["stage"] if step else _news(told)) not in self._seen or self._is_due():
-            self._seen.add(key)
-            self._printed = time.monotonic()
-            self._console.print(f"{_head(told)}: {_news(told)}")
+        else:
+            self._print(step["stage"] if step else _news(told), f"{_head(told)}: {_news(told)}")
 
-    def _is_due(self) -> bool:
-        return time.monotonic() - self._printed > LINE_SECONDS
+    def _print(self, key: str, text: str) -> None:
+        due = key not in self._seen or time.monotonic() - self._printed > LINE_SECONDS
+        if due and text != self._last:
+            self._seen.add(key)
+            self._last, self._printed = text, time.monotonic()
+            self._console.print(text)
 
 
 def _head(told: dict[str, Any]) -> str:

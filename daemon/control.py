@@ -167,7 +167,8 @@ class Client:
                         yield json.loads(answer)
             except TimeoutError:
                 raise ControlError(
-                    f"the daemon said nothing for {self.timeout:.0f} s; see `journalctl -u holdfast`"
+                    f"the daemon said nothing for {self.timeout:.0f} s; see `systemctl status holdfast` and "
+                    "`journalctl -u holdfast`"
                 ) from None
             except (OSError, json.JSONDecodeError) as error:
                 raise ControlError(

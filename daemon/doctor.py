@@ -75,8 +75,10 @@ def examine(config_path: Path) -> Iterator[Check]:
     for name, check in _CHECKS.items():
         try:
             yield check(settings)
-        except (HoldfastError, OSError) as error:
+        except HoldfastError as error:
             yield fail(name, str(error))
+        except Exception as error:  # one check that breaks must not hide the others
+            yield fail(name, f"{type(error).__name__}: {error}")
 
 
 def packages() -> Check:

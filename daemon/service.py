@@ -30,7 +30,7 @@ from daemon.control import ControlServer
 from daemon.cycle import CycleRunner
 from daemon.flight import Activity, Flight
 from daemon.notify import Notifier
-from storage.errors import ConfigError, ControlError, HoldfastError, StoreBusy
+from storage.errors import ConfigError, ControlError, HoldfastError, StoreBusy, StoreError
 from storage.records import utcnow
 from storage.store import Store
 
@@ -40,7 +40,10 @@ STOP_SECONDS = 5.0  # for a cycle to end at its next checkpoint of the daemon's 
 WORKER_STOP_SECONDS = 25.0  # when a worker has to write its checkpoint first
 TURN_SECONDS = 1.0  # of the main loop
 STORE_PATIENCE = 10.0  # seconds to wait for a `daemon status` that reads the store at this moment
-BROKEN = 70  # exit code (EX_SOFTWARE) that systemd restarts; 1 means that a person must act first
+STATE_PATIENCE = 60.0  # and for a `daemon ingest` that began while no daemon ran
+# Exit codes that systemd restarts: EX_SOFTWARE, and EX_TEMPFAIL while another command works on the state.
+# 1 means that a person must act first.
+BROKEN, BUSY = 70, 75
 _PLAN = "schedule"  # the key in the store's meta: the plan, and until when its firings were seen
 
 
@@ -50,9 +53,11 @@ def run(config_path: Path) -> int:
     os.umask(0o077)
     notifier = Notifier.from_environment()
     mail = _catch_signals()
-    settings = _load(config_path)
+    settings = config.load(config_path)
+    statedir.refuse_root(settings.state_dir)
     statedir.prepare(settings.state_dir)
-    with statedir.held(settings.state_dir, statedir.DAEMON), _open_store(settings) as store:
+    mine = statedir.held(settings.state_dir, statedir.DAEMON, patience=STATE_PATIENCE)
+    with mine, _open_store(settings) as store:
         return Service(config_path, settings, store, notifier, mail).run()
 
 
@@ -84,7 +89,7 @@ class Service:
         self._control = ControlServer(settings.socket_path, Commands(self._daemon))
 
     def run(self) -> int:
-        daemon = self._daemon
+        daemon, code = self._daemon, BROKEN
         try:
             self._plan()
             self._catch_up()
@@ -97,9 +102,10 @@ class Service:
                 extra={"action": "started"},
             )  # fmt: skip
             self._notifier.ready(self._status_line())
-            return self._loop()
+            code = self._loop()
+            return code
         finally:
-            self._stop()
+            self._stop(code)
 
     # The main loop.
 
@@ -135,7 +141,7 @@ class Service:
             self._notifier.status(line)
             self._told = line
 
-    def _stop(self) -> None:
+    def _stop(self, code: int) -> None:
         """Within seconds: the cycle keeps its place, a worker writes its checkpoint."""
         daemon = self._daemon
         self._notifier.stopping("stopping; the running cycle continues at the next start")
@@ -151,7 +157,7 @@ class Service:
                 "work in progress is cut off, it is repeated at the next start", extra={"action": "cut-off"}
             )
             logging.shutdown()
-            os._exit(0)
+            os._exit(code)
         log.info("stopped", extra={"action": "stopped"})
 
     def _await_flight(self) -> None:
@@ -234,7 +240,10 @@ class Service:
     def _seen(self) -> None:
         plan = self._daemon.settings.schedule
         seen = {"cron": plan.cron, "timezone": plan.timezone, "seen": operations.moment(utcnow())}
-        self._daemon.store.set_meta(_PLAN, json.dumps(seen))
+        try:
+            self._daemon.store.set_meta(_PLAN, json.dumps(seen))
+        except StoreError as error:  # a full disk: at worst a cycle is asked for twice
+            log.error("the schedule's state was not written: %s", error, extra={"action": "unwritten"})
 
     # Reload.
 
@@ -242,7 +251,7 @@ class Service:
         """SIGHUP: the new settings count from the next cycle; a config that is not valid changes nothing."""
         self._notifier.reloading()
         try:
-            settings = _load(self._config_path)
+            settings = config.load(self._config_path)
             _check_same_bot(self._daemon.settings, settings)
         except ConfigError as error:
             self._config_problem = str(error)
@@ -270,13 +279,6 @@ def status_line(activity: Activity) -> str:
     count = f" {step.step}/{step.steps}" if step.steps else ""
     left = f", {step.left:.0f} s left" if step.left is not None else ""
     return f"cycle {activity.cycle_id}: {step.stage}{count}{left}"
-
-
-def _load(path: Path) -> Settings:
-    """The settings, with the schedule checked too: a cron that never fires is a config error."""
-    settings = config.load(path)
-    schedule.parse(settings.schedule.cron, settings.schedule.timezone)
-    return settings
 
 
 def _check_same_bot(old: Settings, new: Settings) -> None:

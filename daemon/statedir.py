@@ -6,13 +6,14 @@ crash never leaves it behind. The file's text only says who holds it.
 
 import fcntl
 import os
+import pwd
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.errors import ConfigError, ControlError
+from storage.errors import ConfigError, ControlError, StoreBusy
 
 LOCK = "daemon.lock"
 DAEMON = "daemon run"  # what the daemon writes into its lock
@@ -47,10 +48,16 @@ def prepare(path: Path) -> None:
 def held(path: Path, purpose: str, *, patience: float = _PATIENCE) -> Iterator[None]:
     """Holds the directory while the block runs.
 
-    Raises `ControlError` at once when a daemon holds it, and after `patience` seconds when another
-    command does.
+    Raises `ControlError` at once when a daemon holds it, and `StoreBusy` after `patience` seconds when
+    another command does.
     """
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"{path / LOCK} cannot be opened: {error.strerror}; was something run as root here? "
+            f"`sudo chown -R {_account(path.stat().st_uid)} {path}`"
+        ) from None
     try:
         _take(descriptor, path, patience)
         os.ftruncate(descriptor, 0)
@@ -86,6 +93,24 @@ def become_owner(path: Path) -> None:
         os.setuid(owner.st_uid)
 
 
+def refuse_root(path: Path) -> None:
+    """Raises `ConfigError` when root would run a daemon on somebody else's state directory: its files
+    would be root's, and closed to the account that runs it tomorrow."""
+    if os.geteuid() != 0 or not path.exists() or path.stat().st_uid == 0:
+        return
+    owner = _account(path.stat().st_uid)
+    raise ConfigError(
+        f"{path} belongs to {owner}: `sudo -u {owner} daemon run`, or `systemctl start holdfast`"
+    )
+
+
+def _account(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
 def _take(descriptor: int, path: Path, patience: float) -> None:
     deadline = time.monotonic() + patience
     while True:
@@ -98,7 +123,7 @@ def _take(descriptor: int, path: Path, patience: float) -> None:
                     f"a daemon (process {found.pid}) runs on {path} already; see `daemon status`"
                 ) from None
             if time.monotonic() > deadline:
-                raise ControlError(
+                raise StoreBusy(
                     f"`{found.purpose}` (process {found.pid}) is working in {path}; try again when it is done"
                 ) from None
             time.sleep(_POLL)

@@ -115,7 +115,8 @@ def _paths(settings: Settings, config: Path, replaced: dict[str, str]) -> list[s
 
 def _network(settings: Settings) -> list[str]:
     host = urlsplit(settings.tracking_uri).hostname
-    hub = "/" in settings.model.base and not Path(settings.model.base).is_absolute()
+    base = settings.model.base
+    hub = not (base.startswith("package:") or Path(base).is_absolute())
     if hub or (host is not None and host not in _LOCAL):
         return ["# MLflow or the base model is on another machine.", "IPAddressDeny="]
     return []
@@ -163,15 +164,13 @@ def _ensure_account(account: Account) -> list[str]:
 def _ensure_state_dir(path: Path, account: Account) -> list[str]:
     """The directory belongs to the account, with all that root made there before (`sudo daemon run`)."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.stat().st_uid == pwd.getpwnam(account.user).pw_uid:
-        return []
-    for folder, _, files in os.walk(path):
-        shutil.chown(folder, account.user, account.group)
-        for name in files:
-            if not (Path(folder) / name).is_symlink():
-                shutil.chown(Path(folder) / name, account.user, account.group)
     path.chmod(0o700)
-    return [f"{path} belongs to {account.user} now"]
+    uid = pwd.getpwnam(account.user).pw_uid
+    inside = (Path(folder) / name for folder, _, files in os.walk(path) for name in (".", *files))
+    foreign = [found for found in inside if not found.is_symlink() and found.stat().st_uid != uid]
+    for found in foreign:
+        shutil.chown(found, account.user, account.group)
+    return [f"{path} belongs to {account.user} now"] if foreign else []
 
 
 def _run(*command: str) -> None:

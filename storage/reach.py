@@ -28,10 +28,18 @@ def redact(text: str, uri: str = "") -> str:
     return text
 
 
-def absolute(uri: str) -> str:
-    """An SQLite URI that means the same file from every working directory; other URIs as they are."""
+def absolute(uri: str, home: Path | None = None) -> str:
+    """An SQLite URI that means the same file from every working directory; other URIs as they are.
+
+    Relative to `home`, or to the working directory.
+    """
     path = sqlite_path(uri)
-    return uri if path is None else f"{_SQLITE}{path.absolute()}"
+    return uri if path is None else f"{_SQLITE}{(home / path if home else path).absolute()}"
+
+
+def known_scheme(uri: str) -> bool:
+    """Whether MLflow can keep its records at such a URI."""
+    return "://" in uri and _scheme(uri) in {"sqlite", *_PORTS}
 
 
 def sqlite_path(uri: str) -> Path | None:

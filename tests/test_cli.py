@@ -2,20 +2,23 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from daemon import config, operations, statedir
+from daemon import access, config, operations, statedir, unit
 from daemon.cli import EXIT_CODES
+from storage.errors import StoreBusy
 from storage.records import State
 from storage.store import Store
 from tests.bots import write_config
 from tests.daemons import ROOT, cli, read_json
 from tests.toys import tiny_base
 
+NOBODY = 65534
 COMMANDS = (
     "init", "run", "install-service", "doctor", "status", "history", "show", "quarantine", "ask",
     "retrain-now", "cancel", "pause", "resume", "promote", "rollback", "ingest", "ui",
@@ -190,11 +193,42 @@ def test_a_command_that_writes_waits_its_turn_and_a_held_directory_is_explained(
         assert found is not None
         assert (found.pid, found.purpose) == (os.getpid(), "daemon ingest")
         with (
-            pytest.raises(operations.ControlError, match="`daemon ingest` \\(process"),
+            pytest.raises(StoreBusy, match="`daemon ingest` \\(process"),
             statedir.held(state, "daemon pause", patience=0.2),
         ):
             pass
     assert statedir.holder(state) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_root_does_not_run_a_daemon_on_somebody_elses_state(path: Path) -> None:
+    state = config.load(path).state_dir
+    os.chown(state, NOBODY, NOBODY)
+    ran = cli(path, "run")
+    assert ran.returncode == 1
+    assert "sudo -u nobody daemon run" in ran.stderr
+    assert [found.name for found in state.iterdir()] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_installing_gives_back_what_root_left_in_the_state_directory(path: Path) -> None:
+    state = config.load(path).state_dir
+    os.chown(state, NOBODY, NOBODY)
+    (state / "store.duckdb").touch(mode=0o600)
+    account = unit.Account(user="nobody", group="nogroup")
+    assert unit._ensure_state_dir(state, account) == [f"{state} belongs to nobody now"]
+    assert (state / "store.duckdb").stat().st_uid == NOBODY
+    assert unit._ensure_state_dir(state, account) == []
+
+
+def test_a_daemon_that_hangs_is_told_within_seconds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "QUICK_SECONDS", 0.3)
+    settings = config.load(path)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(settings.socket_path))
+        silent.listen()
+        with pytest.raises(operations.ControlError, match="systemctl status holdfast"):
+            access.ask(settings, "status")
 
 
 def test_a_daemon_without_an_ear_is_told_from_none(path: Path) -> None:

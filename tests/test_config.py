@@ -44,6 +44,7 @@ def test_thresholds_are_not_set_unless_somebody_sets_them(tmp_path: Path) -> Non
 
 
 def test_paths_are_relative_to_the_file_not_to_the_shell(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
     settings = config.load(write(tmp_path, '[bot]\nstate_dir = "here"\n[source]\npath = "data/qa.duckdb"'))
     assert settings.state_dir == tmp_path / "here"
     assert settings.source.path == tmp_path / "data/qa.duckdb"
@@ -62,6 +63,17 @@ def test_paths_are_relative_to_the_file_not_to_the_shell(tmp_path: Path) -> None
         ('[tasks.x]\nkind = "poem"', ["tasks.x.kind = 'poem'", "'free'"]),
         ('[bot]\nname = "../x"', ["bot.name = '../x'"]),
         ("not toml", ["not valid TOML"]),
+        ("[gate]\nmax_drop = true", ["gate.max_drop = True", "number"]),
+        ('[gate]\naccept_inconclusive = "yes"', ["gate.accept_inconclusive = 'yes'", "boolean"]),
+        ('[training]\nepochs = "3"', ["training.epochs = '3'", "integer"]),
+        ("[source]\noverlap_hours = inf", ["source.overlap_hours = inf", "finite"]),
+        ('[source]\npath = "/nowhere/qa.duckdb"', ["source.path", "no folder /nowhere"]),
+        ('[source]\npath = "/"', ["source.path", "is a directory"]),
+        ('[source]\npath = "~nosuch/qa.duckdb"', ["source.path", "no such account"]),
+        ('[model]\nbase = "~nosuch/base"', ["model.base", "no such account"]),
+        ('[mlflow]\ntracking_uri = "./mlruns"', ["mlflow.tracking_uri = './mlruns'", "sqlite:///"]),
+        ('[mlflow]\ntracking_uri = "htp://nope"', ["mlflow.tracking_uri = 'htp://nope'"]),
+        ('[schedule]\ncron = "0 0 31 2 *"', ["schedule.cron", "never happens"]),
         ('[model]\nbase = "./nowhere"', ["model.base", "no such file or folder"]),
     ],
 )
@@ -85,6 +97,41 @@ def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("HOLDFAST_TRAINING__EPOCHS", "7")
     settings = config.load(write(tmp_path, "[training]\nepochs = 3\nbatch_size = 5"))
     assert (settings.training.epochs, settings.training.batch_size) == (7, 5)
+
+
+def test_the_environment_is_text_and_the_file_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOLDFAST_GATE__MAX_DROP", "0.5")
+    monkeypatch.setenv("HOLDFAST_GATE__ACCEPT_INCONCLUSIVE", "true")
+    monkeypatch.setenv("HOLDFAST_BOT__NAME", "7")
+    monkeypatch.setenv("HOLDFAST_TASKS__X__LABELS", '["a", "b"]')
+    monkeypatch.setenv("HOLDFAST_SOURCE__COLUMNS__ID", "key")
+    settings = config.load(write(tmp_path, "[gate]\nmin_gain = 0\n[tasks.x]\nkind = 'labels'"))
+    assert (settings.gate.max_drop, settings.gate.min_gain) == (0.5, 0)
+    assert settings.gate.accept_inconclusive is True
+    assert settings.bot.name == "7"
+    assert settings.source.columns.id == "key"
+    assert (settings.tasks["x"].kind, settings.tasks["x"].labels) == ("labels", ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("HOLDFAST_STRATEGY", "naive"), ("HOLDFAST_TASKS__X__LABELS", "a,b"), ("HOLDFAST_SOURCE__COLUMNS", "x")],
+)
+def test_a_variable_that_cannot_be_read_is_told_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match="environment"):
+        config.load(write(tmp_path, ""))
+
+
+def test_an_empty_source_path_is_no_source(tmp_path: Path) -> None:
+    assert config.load(write(tmp_path, '[source]\npath = ""')).source.path is None
+
+
+def test_a_relative_mlflow_database_lies_beside_the_file(tmp_path: Path) -> None:
+    settings = config.load(write(tmp_path, '[mlflow]\ntracking_uri = "sqlite:///mlflow.db"'))
+    assert settings.tracking_uri == f"sqlite:///{tmp_path}/mlflow.db"
 
 
 def test_a_misspelt_environment_variable_is_not_ignored(

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +13,21 @@ from pathlib import Path
 import duckdb
 import pytest
 
+from daemon import statedir
 from daemon.service import STOP_SECONDS, WORKER_STOP_SECONDS
 from storage.errors import ControlError
 from storage.store import Store
 from tests.bots import COLOURS, FLAVOURS, collect, lesson, write_config
-from tests.daemons import DaemonProcess, children, cli, read_json, training_step
+from tests.daemons import (
+    SECONDS,
+    DaemonProcess,
+    children,
+    cli,
+    command,
+    environment,
+    read_json,
+    training_step,
+)
 from tests.toys import tiny_base
 
 QUICK = STOP_SECONDS + 5  # a stop without a worker; the rest is room for a loaded machine
@@ -72,6 +84,21 @@ def test_a_second_daemon_on_the_state_directory_is_turned_away(idle: DaemonProce
     assert f"a daemon (process {idle.process.pid}) runs on" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert idle.status()["daemon"]["pid"] == idle.process.pid
+
+
+def test_while_another_command_works_on_the_state_systemd_is_asked_to_try_again(
+    tmp_path: Path, base: Path
+) -> None:
+    path = write_config(tmp_path, base)
+    (tmp_path / "state").mkdir(mode=0o700)
+    impatient = "from daemon import cli, service; service.STATE_PATIENCE = 0.1; cli.main()"
+    with statedir.held(tmp_path / "state", "daemon ingest"):
+        ran = subprocess.run(
+            [sys.executable, "-c", impatient, "--config", str(path), "run"],
+            env=environment(), capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert ran.returncode == 75, ran.stderr
+    assert "`daemon ingest` (process" in ran.stderr
 
 
 def test_after_kill_9_the_next_one_starts_as_if_nothing_had_been(idle: DaemonProcess) -> None:
@@ -248,6 +275,24 @@ def test_sigterm_in_mid_training_is_quick_and_the_cycle_goes_on_at_the_next_star
         )
         report = json.loads((tmp_path / "state/cycles/1/train/report.json").read_text())
         assert report["resumed"] >= 1
+        daemon.stop()
+
+
+@pytest.mark.acceptance
+def test_who_waits_for_a_cycle_gets_its_ending_over_a_restart_of_the_daemon(
+    tmp_path: Path, base: Path
+) -> None:
+    path = write_config(tmp_path, base, training__epochs=30, training__checkpoint_steps=5)
+    collect(tmp_path / "qa.duckdb", lesson("colours", COLOURS, train=64))
+    with DaemonProcess(path) as daemon:
+        waiting = subprocess.Popen(
+            command(path, "retrain-now", "--wait"), env=environment(), stdout=subprocess.PIPE, text=True
+        )
+        daemon.until(lambda told: training_step(told) > 6)
+        assert daemon.stop() == 0
+    with DaemonProcess(path) as daemon:
+        told, _ = waiting.communicate(timeout=SECONDS)
+        assert (waiting.returncode, told.split(":")[0]) == (0, "cycle 1 promoted")
         daemon.stop()
 
 

@@ -85,8 +85,9 @@ def test_a_state_directory_of_its_own_is_made_writable(tmp_path: Path) -> None:
 
 
 def test_what_lies_in_a_home_directory_is_bound_in(tmp_path: Path) -> None:
-    text = '[bot]\nstate_dir = "/home/ann/bot/state"\n[source]\npath = "/home/ann/data/qa.duckdb"\n'
-    told = render(make_settings(tmp_path, text))
+    settings = make_settings(tmp_path, '[bot]\nstate_dir = "/home/ann/bot/state"\n')
+    source = settings.source.model_copy(update={"path": Path("/home/ann/data/qa.duckdb")})
+    told = render(settings.model_copy(update={"source": source}))
     assert lines(told, "ProtectHome") == ["tmpfs"]
     assert "/home/ann/bot/state" in lines(told, "BindPaths")
     assert "/home/ann/data" in lines(told, "BindReadOnlyPaths")
@@ -99,6 +100,8 @@ def test_the_network_opens_only_for_a_remote_mlflow_or_a_hub(tmp_path: Path) -> 
     assert lines(remote, "IPAddressDeny") == ["any", ""]
     hub = render(make_settings(tmp_path / "c", '[model]\nbase = "HuggingFaceTB/SmolLM2-135M-Instruct"\n'))
     assert lines(hub, "IPAddressDeny") == ["any", ""]
+    short = render(make_settings(tmp_path / "d", '[model]\nbase = "gpt2"\n'))
+    assert lines(short, "IPAddressDeny") == ["any", ""]
 
 
 def test_a_gpu_keeps_its_devices(tmp_path: Path) -> None:
