@@ -26,10 +26,10 @@ from storage.rows import Row
 
 MARK = ".holdfast-demo"  # only folders with this file in them are ever deleted
 
-# Small numbers for a small FAQ: 48 rows a day, each seen six times, with as many old ones among them.
+# Small numbers for a small FAQ: 48 rows a day, each seen five times, with as many old ones among them.
 SETTINGS: dict[str, Any] = {
     "bot.name": "quillmoor",
-    "training.epochs": 6,
+    "training.epochs": 5,
     "training.learning_rate": 1e-3,
     "training.patience": 0,
     "strategy.replay_ratio": 1.0,

@@ -17,10 +17,10 @@ from storage.figures import heat_map, png
 from storage.rows import Row
 
 EXPLAINED = {
-    "average_accuracy": "over all departments at the end; higher is better",
-    "backward_transfer": "what later days did to earlier departments; below zero is forgetting",
-    "forgetting": "from the best a department ever was, down to the end; lower is better",
-    "learning_accuracy": "each department right after its own day; higher is better",
+    "average_accuracy": "of all departments, at the end",
+    "backward_transfer": "what later days did to earlier ones",
+    "forgetting": "from the best ever down to the end",
+    "learning_accuracy": "of each department, after its own day",
 }
 
 
@@ -35,17 +35,17 @@ def introduction(folder: Path, days: Sequence[Sequence[Row]]) -> RenderableType:
 
 def comparison(ours: Outcome, naive: Outcome) -> RenderableType:
     """Both accuracy matrices side by side, and what follows from them."""
-    grid = Table.grid(padding=(0, 6))
+    grid = Table.grid(padding=(0, 4))
     grid.add_row(matrix("Holdfast", ours.matrix), matrix("naive", naive.matrix))
     return Group("", grid, "", _metrics(ours.metrics, naive.metrics), "")
 
 
 def matrix(title: str, table: Matrix) -> Table:
     """Held-out questions answered exactly right, in percent; a department's own day is underlined."""
-    shown = Table(title=f"{title}: % of held-out questions right", title_justify="left")
-    shown.add_column("")
+    shown = Table(title=f"{title}, % right", title_justify="left", show_edge=False, pad_edge=False)
+    shown.add_column("", no_wrap=True)
     for task in table.tasks:
-        shown.add_column(task, justify="right")
+        shown.add_column(task, justify="right", no_wrap=True)
     for number, (name, values) in enumerate(zip(table.rows, table.values, strict=True)):
         cells = [
             _cell(value, learned_now=learned == number)
@@ -101,21 +101,30 @@ def verdicts(outcome: Outcome) -> RenderableType:
 
 def next_steps(bot: Bot, *, running: bool, minutes: float) -> RenderableType:
     steps = {
-        "run &": "start it again; it continues where it stopped",
+        "run &": "start it again; it goes on where it was",
         'ask "Who leads billing?"': "the champion answers",
-        "ui": "MLflow: runs, forgetting over time, the matrix as a heat map, versions",
+        "ui": "MLflow: forgetting over time, heat map",
         "show 3": "the last cycle in full",
         "quarantine": "rows that were not accepted, and why",
-        "retrain-now --wait": f"another cycle, with whatever is new in {near(bot.source)}",
+        "retrain-now --wait": "another cycle, with whatever is new",
     }
     if running:
         steps.pop("run &")
     table = Table.grid(padding=(0, 3))
+    table.add_column(no_wrap=True)
+    table.add_column()
     for words, meaning in steps.items():
-        table.add_row(Text(f"{typed(bot)} {words}", style="bold"), Text(meaning, style="dim"))
+        table.add_row(Text(f"{command()} {words}", style="bold"), Text(meaning, style="dim"))
     state = "The daemon keeps running." if running else "The daemon was stopped."
+    chosen = Text(f"export HOLDFAST_CONFIG={near(bot.config)}", style="bold")
     return Group(
-        "", f"That took {minutes:.1f} minutes. {state} What to type next:", "", Padding(table, (0, 2)), ""
+        "",
+        f"That took {minutes:.1f} minutes. {state} What to type next:",
+        "",
+        Padding(chosen, (0, 2)),
+        Padding(table, (0, 2)),
+        "",
+        f"The rows come from {near(bot.source)}; write more, and they are learned.",
     )
 
 
@@ -154,7 +163,11 @@ def update_readme(readme: Path, ours: Outcome, naive: Outcome) -> None:
 
 def typed(bot: Bot) -> str:
     """How a person here would type it."""
-    return f"{near(Path(sys.executable).with_name('daemon'))} -c {near(bot.config)}"
+    return f"{command()} -c {near(bot.config)}"
+
+
+def command() -> str:
+    return near(Path(sys.executable).with_name("daemon"))
 
 
 def near(path: Path) -> str:
