@@ -23,8 +23,9 @@ import duckdb
 
 from daemon import report
 from daemon.base import prepared_base
-from daemon.config import Settings, load, render
+from daemon.config import load, render
 from daemon.control import Client
+from daemon.settings import Settings
 from storage.errors import DaemonNotRunning, HoldfastError
 from storage.records import Cycle
 from storage.rows import Row

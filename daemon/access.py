@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daemon import config, statedir
-from daemon.config import Settings
 from daemon.control import Client, account
+from daemon.settings import Settings
 from storage.errors import ConfigError, ControlError, DaemonNotRunning
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from daemon import examination, experience
 from daemon.commands import prepared
-from daemon.config import Settings
+from daemon.settings import Settings
 from storage.errors import ControlError
 from strategies.contract import Metric, ModelSpec, Task, TaskKind
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from daemon.config import Settings
 from daemon.executor import Executor, OnProgress, Stop
+from daemon.settings import Settings
 from strategies.base import prepared
 from strategies.contract import PreparedBase, PrepareJob
 from strategies.tokens import count_tokens_factory

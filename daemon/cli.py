@@ -16,7 +16,7 @@ import typer
 from storage.errors import HoldfastError, StoreBusy
 
 if TYPE_CHECKING:
-    from daemon.config import Settings
+    from daemon.settings import Settings
 
 # How `retrain-now --wait` tells a script what became of the cycle.
 EXIT_CODES = {"promoted": 0, "nothing-to-do": 0, "rejected": 3, "failed": 4, "cancelled": 5}

@@ -12,10 +12,10 @@ from typing import Any
 
 from daemon import operations
 from daemon.base import prepare_base
-from daemon.config import Settings
 from daemon.control import Request
 from daemon.executor import OnProgress, Stop, WorkerExecutor
 from daemon.flight import Activity, Flight
+from daemon.settings import Settings
 from storage.errors import ControlError, Interrupted
 from storage.records import Cycle, State
 from storage.registry import Registry

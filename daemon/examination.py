@@ -14,8 +14,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from daemon import experience
-from daemon.config import Settings
 from daemon.gate import SuiteScores
+from daemon.settings import Settings
 from storage import artifacts, snapshots
 from storage.errors import IntegrityError
 from storage.records import Cycle, Prediction, Score

@@ -7,7 +7,7 @@ in is all that the worker ever sees.
 from dataclasses import dataclass
 from pathlib import Path
 
-from daemon.config import Settings
+from daemon.settings import Settings
 from storage import snapshots
 from storage.records import Cycle, StoredRow, TaskRecord
 from storage.rows import Split

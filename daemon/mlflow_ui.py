@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from daemon.config import Settings
+from daemon.settings import Settings
 from storage.errors import ControlError
 from storage.reach import absolute, is_server, redact
 

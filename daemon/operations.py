@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from daemon import report
-from daemon.config import Settings
+from daemon.settings import Settings
 from storage.errors import ControlError, RegistryError, SourceError
 from storage.reach import redact
 from storage.records import Promotion

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from daemon import report
-from daemon.config import Settings
 from daemon.promote import CHALLENGER
+from daemon.settings import Settings
 from storage import artifacts, snapshots
 from storage.records import Cycle, ModelVersion, Score
 from storage.registry import CycleRecord, Matrix, Registry

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from daemon.base import length_counter, token_limit
-from daemon.config import Settings
+from daemon.settings import Settings
 from storage import files, intake, sources
 from storage.intake import IntakeReport
 from storage.store import Store

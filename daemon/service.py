@@ -25,11 +25,11 @@ from typing import Any
 
 from daemon import config, journal, operations, promote, schedule, statedir
 from daemon.commands import Commands, CycleExecutor, Daemon, make_executor
-from daemon.config import Settings
 from daemon.control import ControlServer
 from daemon.cycle import CycleRunner
 from daemon.flight import Activity, Flight
 from daemon.notify import Notifier
+from daemon.settings import Settings
 from storage.errors import ConfigError, ControlError, HoldfastError, StoreBusy, StoreError
 from storage.records import utcnow
 from storage.store import Store

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from daemon.config import Settings
+from daemon.settings import Settings
 from storage.errors import ControlError
 from storage.reach import sqlite_path
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import duckdb
 
 from daemon import config, operations
-from daemon.config import Settings
 from daemon.cycle import CycleRunner
 from daemon.executor import OnProgress, Stop
+from daemon.settings import Settings
 from storage.errors import Interrupted
 from storage.records import Cycle, State
 from storage.registry import Registry

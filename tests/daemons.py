@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from daemon import config
-from daemon.config import Settings
 from daemon.control import Client
+from daemon.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 120.0  # far more than anything here takes; a test that waits this long has failed

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import config
+from daemon import config, settings
 from storage.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ def test_the_shipped_config_is_rendered_from_the_settings_and_loads() -> None:
 
 
 def test_every_key_is_described() -> None:
-    for name, field in config.Settings.model_fields.items():
+    for name, field in settings.Settings.model_fields.items():
         if name == "tasks":
             continue
         for key, entry in field.annotation.model_fields.items():  # type: ignore[union-attr]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from daemon import cli, config
+from daemon import cli, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "CHANGELOG.md"]
@@ -53,7 +53,7 @@ def test_the_operations_page_lists_every_command() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_setting_that_a_page_names_exists(page: Path) -> None:
     for section, key in re.findall(r"`([a-z]+)\.([a-z_]+)`", page.read_text()):
-        field = config.Settings.model_fields.get(section)
+        field = settings.Settings.model_fields.get(section)
         if field is not None and section != "tasks":
             assert key in field.annotation.model_fields, f"{section}.{key}"  # type: ignore[union-attr]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.config import METHODS
+from daemon.settings import METHODS
 from storage.artifacts import verify
 from storage.errors import IntegrityError, NonFiniteLoss, TrainingError
 from strategies import catalogue

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from daemon import config, unit
-from daemon.config import Settings
 from daemon.service import STOP_SECONDS, WORKER_STOP_SECONDS
+from daemon.settings import Settings
 from daemon.unit import Account
 from storage.errors import ControlError
 
