@@ -36,7 +36,7 @@ def config_path(given: Path | None, *, must_exist: bool = True) -> Path:
     if said is not None:
         return said.absolute()
     for path in (HERE, SYSTEM):
-        if path.exists():
+        if _may_exist(path):
             return path.absolute()
     if must_exist:
         raise ConfigError(
@@ -44,6 +44,13 @@ def config_path(given: Path | None, *, must_exist: bool = True) -> Path:
             "name yours with --config"
         )
     return HERE.absolute()
+
+
+def _may_exist(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # reading it will say so
+        return True
 
 
 def make_bot(directory: Path, state_dir: Path | None) -> tuple[Path, Settings]:

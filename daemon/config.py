@@ -15,7 +15,7 @@ from pydantic_settings import SettingsError
 
 from daemon.settings import ENV_PREFIX, Settings, TaskOverride, suggest
 from storage.errors import ConfigError
-from storage.reach import absolute
+from storage.reach import absolute, redact
 
 
 def load(path: Path) -> Settings:
@@ -118,12 +118,14 @@ def _expanded(key: str, path: Path, home: Path) -> Path:
 
 def _check_source(path: Path) -> None:
     """What can never be read is told now; a file that is not there yet, the collector may still make."""
+    if not _exists("source.path", path.parent):
+        raise ConfigError(f'source.path = "{path}": there is no folder {path.parent}; correct the path')
+    if not _exists("source.path", path):
+        return
     if path.is_dir():
         raise ConfigError(f'source.path = "{path}" is a directory; name the DuckDB file in it')
-    if path.exists() and not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK):
         raise ConfigError(f'source.path = "{path}" cannot be read by this account; `chmod a+r {path}`')
-    if not path.parent.exists():
-        raise ConfigError(f'source.path = "{path}": there is no folder {path.parent}; correct the path')
 
 
 def _base(base: str, home: Path) -> str:
@@ -131,16 +133,22 @@ def _base(base: str, home: Path) -> str:
     if base.startswith("package:"):
         return base
     local = _expanded("model.base", Path(base), home)
-    try:
-        if local.exists():
-            return str(local)
-    except OSError as error:
-        raise ConfigError(f'model.base = "{base}" cannot be looked at: {error.strerror}') from None
+    if _exists("model.base", local):
+        return str(local)
     if base.endswith(".gguf") or base.startswith(("/", "./", "../", "~")):
         raise ConfigError(
             f'model.base = "{base}": no such file or folder; correct the path, or use a hub name'
         )
     return base
+
+
+def _exists(key: str, path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a folder that may not be entered
+        raise ConfigError(
+            f'{key}: "{path}" cannot be looked at: {error.strerror}; try with sudo, or correct the path'
+        ) from None
 
 
 def _check_environment() -> None:
@@ -157,13 +165,31 @@ def _check_environment() -> None:
             raise ConfigError(f"{variable}: no key {key!r} in [{section}]{suggest(key, known)}")
 
 
+# What to write, where pydantic only names its type.
+_FIXES = {
+    "int_type": "should be a valid integer; write it without quotes",
+    "float_type": "should be a valid number; write it without quotes",
+    "bool_type": "should be a valid boolean; write true or false, without quotes",
+    "string_type": "should be text; write it in quotes",
+    "path_type": "should be a path; write the path in quotes",
+    "tuple_type": 'should be a list; write it like ["a", "b"]',
+}
+
+
 def _explain(problem: Any) -> str:
     """One line: key, value, what is wrong, what to do."""
     key = ".".join(str(part) for part in problem["loc"])
+    variable = ENV_PREFIX + key.replace(".", "__").upper()
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key{suggest(str(problem['loc'][-1]), _siblings(problem['loc']))}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return f"{key} = {problem['input']!r}: {message}"
+    if variable in os.environ:
+        key = variable  # text is all right there, so no word about types
+    elif problem["type"] == "model_type":
+        message = f"should be a table; write its keys under [{key}]"
+    else:
+        message = _FIXES.get(problem["type"], message)
+    return redact(f"{key} = {problem['input']!r}: {message}")
 
 
 def _siblings(loc: tuple[str | int, ...]) -> list[str]:

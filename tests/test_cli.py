@@ -221,14 +221,18 @@ def test_installing_gives_back_what_root_left_in_the_state_directory(path: Path)
     assert unit._ensure_state_dir(state, account) == []
 
 
-def test_a_daemon_that_hangs_is_told_within_seconds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["status", "cancel", "retrain", "follow"])
+def test_a_daemon_that_hangs_is_told_within_seconds(
+    path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(access, "SILENCE_SECONDS", 300.0)
     monkeypatch.setattr(access, "QUICK_SECONDS", 0.3)
     settings = config.load(path)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(settings.socket_path))
         silent.listen()
         with pytest.raises(operations.ControlError, match="systemctl status holdfast"):
-            access.ask(settings, "status")
+            access.ask(settings, command)
 
 
 def test_a_daemon_without_an_ear_is_told_from_none(path: Path) -> None:

@@ -1,10 +1,12 @@
 """Configuration: everything wrong is said in one line each, with the key, the value and the fix."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from daemon import config, settings
+from daemon import access, config, settings
 from storage.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +67,11 @@ def test_paths_are_relative_to_the_file_not_to_the_shell(tmp_path: Path) -> None
         ("not toml", ["not valid TOML"]),
         ("[gate]\nmax_drop = true", ["gate.max_drop = True", "number"]),
         ('[gate]\naccept_inconclusive = "yes"', ["gate.accept_inconclusive = 'yes'", "boolean"]),
-        ('[training]\nepochs = "3"', ["training.epochs = '3'", "integer"]),
+        ('[training]\nepochs = "3"', ["training.epochs = '3'", "without quotes"]),
+        ("training = 3", ["training = 3", "[training]"]),
+        ("[source]\npath = 3", ["source.path = 3", "path in quotes"]),
+        ('[tasks.x]\nlabels = "a"', ["tasks.x.labels = 'a'", '["a", "b"]']),
+        ('[model]\nbase = ""', ["model.base = ''"]),
         ("[source]\noverlap_hours = inf", ["source.overlap_hours = inf", "finite"]),
         ('[source]\npath = "/nowhere/qa.duckdb"', ["source.path", "no folder /nowhere"]),
         ('[source]\npath = "/"', ["source.path", "is a directory"]),
@@ -73,6 +79,10 @@ def test_paths_are_relative_to_the_file_not_to_the_shell(tmp_path: Path) -> None
         ('[model]\nbase = "~nosuch/base"', ["model.base", "no such account"]),
         ('[mlflow]\ntracking_uri = "./mlruns"', ["mlflow.tracking_uri = './mlruns'", "sqlite:///"]),
         ('[mlflow]\ntracking_uri = "htp://nope"', ["mlflow.tracking_uri = 'htp://nope'"]),
+        ('[mlflow]\ntracking_uri = "sqlite://"', ["mlflow.tracking_uri = 'sqlite://'"]),
+        ('[mlflow]\ntracking_uri = "sqlite:///:memory:"', ["mlflow.tracking_uri"]),
+        ('[mlflow]\ntracking_uri = "http://"', ["mlflow.tracking_uri = 'http://'"]),
+        ('[mlflow]\ntracking_uri = "htp://ann:secret@nope"', ["mlflow.tracking_uri = 'htp://ann:***@nope'"]),
         ('[schedule]\ncron = "0 0 31 2 *"', ["schedule.cron", "never happens"]),
         ('[model]\nbase = "./nowhere"', ["model.base", "no such file or folder"]),
     ],
@@ -125,8 +135,67 @@ def test_a_variable_that_cannot_be_read_is_told_in_words(
         config.load(write(tmp_path, ""))
 
 
-def test_an_empty_source_path_is_no_source(tmp_path: Path) -> None:
+def test_text_of_the_environment_that_does_not_fit_names_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOLDFAST_TRAINING__EPOCHS", "many")
+    with pytest.raises(ConfigError, match="HOLDFAST_TRAINING__EPOCHS = 'many': should be a valid integer$"):
+        config.load(write(tmp_path, ""))
+
+
+def test_an_empty_source_path_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.load(write(tmp_path, '[source]\npath = ""')).source.path is None
+    monkeypatch.setenv("HOLDFAST_SOURCE__PATH", "")
+    assert config.load(write(tmp_path, '[source]\npath = "qa.duckdb"')).source.path is None
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://127.0.0.1:5000",
+        "https://ann:secret@mlflow.example.org/team",
+        "postgresql+psycopg2://ann@db.example.org/mlflow",
+        "postgresql:///mlflow",
+        "mysql+pymysql://db.example.org/mlflow",
+        "mssql+pyodbc://db.example.org/mlflow",
+        "sqlite:////srv/mlflow.db",
+    ],
+)
+def test_where_mlflow_can_keep_its_records_is_taken_as_it_is(tmp_path: Path, uri: str) -> None:
+    assert config.load(write(tmp_path, f'[mlflow]\ntracking_uri = "{uri}"')).tracking_uri == uri
+
+
+@pytest.fixture
+def nobody(tmp_path: Path) -> Iterator[None]:
+    """The test goes on as another account, to whom `tmp_path/closed` is closed."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be somebody else")
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
+            folder.chmod(0o755)
+    (tmp_path / "closed").mkdir(mode=0o700)
+    write(tmp_path / "closed", "").chmod(0o600)
+    write(tmp_path, "").chmod(0o666)
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+
+
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize("text", ['[source]\npath = "closed/qa.duckdb"', '[model]\nbase = "closed/base"'])
+def test_what_lies_in_a_folder_that_may_not_be_entered_is_told(tmp_path: Path, text: str) -> None:
+    assert "Permission denied" in complaint(tmp_path, text)
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_config_that_this_account_may_not_see_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder /etc/holdfast of another account."""
+    monkeypatch.setattr(access, "HERE", tmp_path / "nowhere.toml")
+    monkeypatch.setattr(access, "SYSTEM", tmp_path / "closed" / "config.toml")
+    with pytest.raises(ConfigError, match="Permission denied"):
+        config.load(access.config_path(None))
 
 
 def test_a_relative_mlflow_database_lies_beside_the_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from daemon import statedir
+from daemon import access, statedir
 from daemon.service import STOP_SECONDS, WORKER_STOP_SECONDS
 from storage.errors import ControlError
 from storage.store import Store
@@ -294,6 +294,30 @@ def test_who_waits_for_a_cycle_gets_its_ending_over_a_restart_of_the_daemon(
         told, _ = waiting.communicate(timeout=SECONDS)
         assert (waiting.returncode, told.split(":")[0]) == (0, "cycle 1 promoted")
         daemon.stop()
+
+
+@pytest.mark.acceptance
+def test_who_waits_follows_the_same_cycle_after_a_crash_and_else_is_told_its_number(
+    tmp_path: Path, base: Path
+) -> None:
+    path = write_config(tmp_path, base, source__busy_timeout=0)
+    collect(tmp_path / "qa.duckdb", lesson("colours", COLOURS, train=4))
+    running = [DaemonProcess(path).__enter__()]
+    seen: list[dict[str, object]] = []
+
+    def crash(event: dict[str, object]) -> None:
+        """A daemon that dies as soon as it has said the cycle's number, and one in its place."""
+        if not seen:
+            running.pop().__exit__(None, None, None)
+            running.append(DaemonProcess(path).__enter__())
+        seen.append(event)
+
+    settings = running[0].settings
+    told = access.retrain(settings, crash, wait=True)
+    assert (told["cycle"]["id"], told["cycle"]["state"], told["joined"]) == (1, "nothing-to-do", False)
+    with pytest.raises(ControlError, match=r"within 0\.5 s; cycle 2 .*systemctl start.*`daemon show 2`"):
+        access.retrain(settings, lambda event: running[0].kill(), wait=True, patience=0.5)
+    running.pop().__exit__(None, None, None)
 
 
 @pytest.mark.acceptance
