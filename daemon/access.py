@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 HERE = Path("config.toml")
 SYSTEM = Path("/etc/holdfast/config.toml")
 SILENCE_SECONDS = 600.0  # an ingest or a slow MLflow may say nothing for this long
-QUICK_SECONDS = 30.0  # for what a healthy daemon answers at once
-QUICK = ("status", "history", "show", "quarantine", "serving", "pause", "resume", "cancel")
+SLOW = ("ingest", "promote", "rollback")
+QUICK_SECONDS = 30.0  # for all else: a healthy daemon answers at once, or has a heartbeat
 _PAUSE = 0.2  # seconds between two tries
 RETURN_SECONDS = 60.0  # for a daemon that is restarted under a client that follows a cycle
 
@@ -92,7 +92,7 @@ def ask(
     **args: Any,
 ) -> dict[str, Any]:
     """Asks the daemon. Raises `DaemonNotRunning`, or says that one is there but has no ear (yet)."""
-    timeout = QUICK_SECONDS if command in QUICK else SILENCE_SECONDS
+    timeout = SILENCE_SECONDS if command in SLOW else QUICK_SECONDS
     try:
         return Client(settings.socket_path, timeout=timeout).call(command, on_event, **args)
     except DaemonNotRunning:
@@ -116,26 +116,29 @@ def retrain(
 
     Raises `ControlError` when the daemon stays away for `patience` seconds.
     """
-    cycle: int | None = None
+    first: dict[str, Any] = {}  # says the cycle's number
     heard = 0.0
 
     def hear(event: dict[str, Any]) -> None:
-        nonlocal cycle, heard
-        cycle, heard = event.get("cycle", cycle), time.monotonic()
+        nonlocal heard
+        heard = time.monotonic()
+        first.update(first or event)
         on_event(event)
 
     try:
         return ask(settings, "retrain", hear, wait=wait)
-    except ControlError as error:
-        if not wait or cycle is None:
+    except ControlError:
+        if not wait or not first:
             raise
-        while time.monotonic() - heard < patience:
-            time.sleep(_PAUSE)
-            with suppress(ControlError):
-                return ask(settings, "follow", hear, cycle=cycle)
-        raise ControlError(
-            f"{error} It did not come back within {patience:.0f} s: start it, then `daemon show {cycle}`"
-        ) from None
+    cycle, heard = first["cycle"], time.monotonic()
+    while time.monotonic() - heard < patience:
+        time.sleep(_PAUSE)
+        with suppress(ControlError):
+            return {**ask(settings, "follow", hear, cycle=cycle), "joined": first["joined"]}
+    raise ControlError(
+        f"no daemon answered within {patience:g} s; cycle {cycle} continues at its next start: "
+        f"`systemctl start holdfast`, then `daemon show {cycle}`"
+    )
 
 
 @contextmanager

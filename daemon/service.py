@@ -16,8 +16,8 @@ import queue
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,7 @@ from daemon.cycle import CycleRunner
 from daemon.flight import Activity, Flight
 from daemon.notify import Notifier
 from daemon.settings import Settings
-from storage.errors import ConfigError, ControlError, HoldfastError, StoreBusy, StoreError
+from storage.errors import ConfigError, ControlError, HoldfastError, Interrupted, StoreBusy, StoreError
 from storage.records import utcnow
 from storage.store import Store
 
@@ -39,8 +39,10 @@ log = logging.getLogger(__name__)
 STOP_SECONDS = 5.0  # for a cycle to end at its next checkpoint of the daemon's own work
 WORKER_STOP_SECONDS = 25.0  # when a worker has to write its checkpoint first
 TURN_SECONDS = 1.0  # of the main loop
-STORE_PATIENCE = 10.0  # seconds to wait for a `daemon status` that reads the store at this moment
-STATE_PATIENCE = 60.0  # and for a `daemon ingest` that began while no daemon ran
+POLL_SECONDS = 0.2  # between two tries at start
+# Seconds to wait at start for a `daemon ingest` that began while no daemon ran, and for who reads the store.
+# So long that systemd's limit of starts is never reached by waiting: five in ten minutes.
+START_PATIENCE = 120.0
 # Exit codes that systemd restarts: EX_SOFTWARE, and EX_TEMPFAIL while another command works on the state.
 # 1 means that a person must act first.
 BROKEN, BUSY = 70, 75
@@ -56,9 +58,19 @@ def run(config_path: Path) -> int:
     settings = config.load(config_path)
     statedir.refuse_root(settings.state_dir)
     statedir.prepare(settings.state_dir)
-    mine = statedir.held(settings.state_dir, statedir.DAEMON, patience=STATE_PATIENCE)
-    with mine, _open_store(settings) as store:
-        return Service(config_path, settings, store, notifier, mail).run()
+
+    def wait(reason: str) -> None:
+        notifier.status(f"waits: {reason}")
+        with suppress(queue.Empty):
+            if mail.get(timeout=POLL_SECONDS) == "stop":
+                raise Interrupted
+
+    mine = statedir.held(settings.state_dir, statedir.DAEMON, patience=START_PATIENCE, wait=wait)
+    try:
+        with mine, _open_store(settings, wait) as store:
+            return Service(config_path, settings, store, notifier, mail).run()
+    except Interrupted:
+        return 0
 
 
 class Service:
@@ -253,13 +265,13 @@ class Service:
         try:
             settings = config.load(self._config_path)
             _check_same_bot(self._daemon.settings, settings)
-        except ConfigError as error:
+            registry = operations.open_registry(settings, self._daemon.store)
+        except HoldfastError as error:
             self._config_problem = str(error)
             log.error("config not reloaded, the old one stays: %s", error, extra={"action": "reload-refused"})
         else:
             self._config_problem = None
-            self._daemon.registry = operations.open_registry(settings, self._daemon.store)
-            self._daemon.settings = settings
+            self._daemon.registry, self._daemon.settings = registry, settings
             self._plan()
             self._seen()
             self._daemon.flight.wake(untidy=True)
@@ -291,16 +303,16 @@ def _check_same_bot(old: Settings, new: Settings) -> None:
 
 
 @contextmanager
-def _open_store(settings: Settings) -> Iterator[Store]:
-    deadline = time.monotonic() + STORE_PATIENCE
+def _open_store(settings: Settings, wait: Callable[[str], None]) -> Iterator[Store]:
+    deadline = time.monotonic() + START_PATIENCE
     while True:
         try:
             store = Store.open(settings.store_path)
             break
-        except StoreBusy:  # a command that only reads, gone in a moment
+        except StoreBusy as error:  # a command that only reads, gone in a moment
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.1)
+            wait(str(error))
     with store:
         yield store
 

@@ -8,7 +8,7 @@ import fcntl
 import os
 import pwd
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +45,17 @@ def prepare(path: Path) -> None:
 
 
 @contextmanager
-def held(path: Path, purpose: str, *, patience: float = _PATIENCE) -> Iterator[None]:
+def held(
+    path: Path,
+    purpose: str,
+    *,
+    patience: float = _PATIENCE,
+    wait: Callable[[str], None] = lambda reason: time.sleep(_POLL),
+) -> Iterator[None]:
     """Holds the directory while the block runs.
 
     Raises `ControlError` at once when a daemon holds it, and `StoreBusy` after `patience` seconds when
-    another command does.
+    another command does. `wait` is called between two tries, with what is waited for; it may raise.
     """
     try:
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -59,7 +65,7 @@ def held(path: Path, purpose: str, *, patience: float = _PATIENCE) -> Iterator[N
             f"`sudo chown -R {_account(path.stat().st_uid)} {path}`"
         ) from None
     try:
-        _take(descriptor, path, patience)
+        _take(descriptor, path, patience, wait)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} {purpose}\n".encode(), 0)
         yield
@@ -111,22 +117,23 @@ def _account(uid: int) -> str:
         return str(uid)
 
 
-def _take(descriptor: int, path: Path, patience: float) -> None:
-    deadline = time.monotonic() + patience
+def _take(descriptor: int, path: Path, patience: float, wait: Callable[[str], None]) -> None:
+    deadline, before = time.monotonic() + patience, None
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             found = _read(descriptor)
-            if found.purpose == DAEMON:
+            # Seen twice: once it may be the text of a dead daemon, locked by `holder` for a moment.
+            if found.purpose == DAEMON and found == before:
                 raise ControlError(
                     f"a daemon (process {found.pid}) runs on {path} already; see `daemon status`"
                 ) from None
+            reason = f"`{found.purpose}` (process {found.pid}) is working in {path}"
             if time.monotonic() > deadline:
-                raise StoreBusy(
-                    f"`{found.purpose}` (process {found.pid}) is working in {path}; try again when it is done"
-                ) from None
-            time.sleep(_POLL)
+                raise StoreBusy(f"{reason}; try again when it is done") from None
+            before = found
+            wait(reason)
         else:
             return
 

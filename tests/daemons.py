@@ -79,7 +79,7 @@ class DaemonProcess:
             print(self.log.read_text())  # pytest shows it with the failure
 
     def hear(self, wanted: str) -> None:
-        """Waits until the daemon has told systemd this line."""
+        """Waits until the daemon has told systemd a line that begins like this."""
         while True:
             self._ear.settimeout(0.2)
             try:
@@ -91,7 +91,7 @@ class DaemonProcess:
                     ) from None
                 continue
             self.heard += lines
-            if wanted in lines:
+            if any(line.startswith(wanted) for line in lines):
                 return
 
     def call(self, name: str, **args: Any) -> dict[str, Any]:

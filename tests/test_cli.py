@@ -1,5 +1,6 @@
 """The command `daemon` without a daemon: what a person types first, and every way to get it wrong."""
 
+import fcntl
 import json
 import os
 import socket
@@ -198,6 +199,18 @@ def test_a_command_that_writes_waits_its_turn_and_a_held_directory_is_explained(
         ):
             pass
     assert statedir.holder(state) is None
+
+
+def test_who_only_looks_into_the_lock_of_a_dead_daemon_is_not_taken_for_it(path: Path) -> None:
+    """`daemon status` in a loop, and the daemon that systemd starts again after a crash."""
+    state = config.load(path).state_dir
+    (state / statedir.LOCK).write_text(f"1 {statedir.DAEMON}\n")
+    with (state / statedir.LOCK).open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        with statedir.held(state, statedir.DAEMON, wait=lambda reason: looking.close()):
+            found = statedir.holder(state)
+    assert found is not None
+    assert found.pid == os.getpid()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -91,7 +92,7 @@ def test_while_another_command_works_on_the_state_systemd_is_asked_to_try_again(
 ) -> None:
     path = write_config(tmp_path, base)
     (tmp_path / "state").mkdir(mode=0o700)
-    impatient = "from daemon import cli, service; service.STATE_PATIENCE = 0.1; cli.main()"
+    impatient = "from daemon import cli, service; service.START_PATIENCE = 0.1; cli.main()"
     with statedir.held(tmp_path / "state", "daemon ingest"):
         ran = subprocess.run(
             [sys.executable, "-c", impatient, "--config", str(path), "run"],
@@ -99,6 +100,26 @@ def test_while_another_command_works_on_the_state_systemd_is_asked_to_try_again(
         )  # fmt: skip
     assert ran.returncode == 75, ran.stderr
     assert "`daemon ingest` (process" in ran.stderr
+
+
+@pytest.mark.parametrize("held", ["directory", "store"])
+def test_it_waits_for_a_command_that_works_on_the_state_and_can_be_stopped_meanwhile(
+    tmp_path: Path, base: Path, held: str
+) -> None:
+    path, state = write_config(tmp_path, base), tmp_path / "state"
+    state.mkdir(mode=0o700)
+    ingest = (
+        statedir.held(state, "daemon ingest") if held == "directory" else Store.open(state / "store.duckdb")
+    )
+    with ingest:
+        waiting = DaemonProcess(path)
+        waiting.hear("STATUS=waits")
+        with waiting:
+            assert waiting.stop() == 0
+        waiting = DaemonProcess(path)
+        waiting.hear("STATUS=waits")
+    with waiting:
+        assert waiting.stop() == 0
 
 
 def test_after_kill_9_the_next_one_starts_as_if_nothing_had_been(idle: DaemonProcess) -> None:
@@ -166,6 +187,45 @@ def test_sighup_with_a_bad_config_keeps_the_old_one_and_says_why(
     edit(idle.config_path, new, old)
     idle.signal(signal.SIGHUP)
     idle.until(lambda told: told["daemon"]["config_problem"] is None)
+
+
+def test_sighup_on_a_full_disk_ends_nothing(idle: DaemonProcess) -> None:
+    """The limit on the size of files stands for the disk: nothing can be written, not even the log."""
+    edit(idle.config_path, 'cron = ""', 'cron = "15 4 * * sun"')
+    pid, (_, hard) = idle.process.pid, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+    for _ in range(2):
+        idle.signal(signal.SIGHUP)
+        idle.hear("RELOADING=1")
+        idle.hear("READY=1")
+    assert idle.status()["schedule"]["cron"] == "15 4 * * sun"
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+    idle.call("pause")
+    idle.stop()
+    with DaemonProcess(idle.config_path) as again:
+        assert again.status()["paused"] is not None
+
+
+@pytest.mark.parametrize(("mail", "code"), [("stop", 0), ("none", 70)])
+def test_work_that_does_not_end_does_not_hide_why_the_daemon_ends(
+    tmp_path: Path, base: Path, mail: str, code: int
+) -> None:
+    """A cycle thread that hangs, with a stop that was asked for or a control thread that died."""
+    stubborn = (
+        "import queue, sys, threading; from pathlib import Path\n"
+        "from daemon import control, flight, service\n"
+        "service.STOP_SECONDS = 0.1\n"
+        "flight.Flight._loop = lambda self: threading.Event().wait()\n"
+        f"service.Service._receive = lambda self, seconds: {mail!r}\n"
+        "control.ControlServer.alive = lambda self: False\n"
+        "sys.exit(service.run(Path(sys.argv[1])))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", stubborn, str(write_config(tmp_path, base))],
+        env=environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ran.returncode == code, ran.stderr
+    assert "action=cut-off" in ran.stderr
 
 
 # The schedule.

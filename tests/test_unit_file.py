@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from daemon import config, unit
-from daemon.service import STOP_SECONDS, WORKER_STOP_SECONDS
+from daemon.service import START_PATIENCE, STOP_SECONDS, WORKER_STOP_SECONDS
 from daemon.settings import Settings
 from daemon.unit import Account
 from storage.errors import ControlError
@@ -66,6 +66,16 @@ def test_it_waits_longer_than_the_daemon_needs_to_stop() -> None:
     text = unit.TEMPLATE.read_text()
     assert int(lines(text, "TimeoutStopSec")[0]) > STOP_SECONDS + WORKER_STOP_SECONDS
     assert int(lines(text, "WatchdogSec")[0]) > WORKER_STOP_SECONDS
+
+
+def test_a_long_ingest_does_not_use_up_its_starts() -> None:
+    text = unit.TEMPLATE.read_text()
+    burst, within, pause, start = (
+        int(lines(text, key)[0])
+        for key in ("StartLimitBurst", "StartLimitIntervalSec", "RestartSec", "TimeoutStartSec")
+    )
+    assert burst * (START_PATIENCE + pause) > within
+    assert start > 2 * START_PATIENCE, "for the directory, then for the store"
 
 
 def test_it_says_who_runs_what_with_which_config(tmp_path: Path) -> None:
