@@ -139,7 +139,7 @@ def test_text_of_the_environment_that_does_not_fit_names_the_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOLDFAST_TRAINING__EPOCHS", "many")
-    with pytest.raises(ConfigError, match="HOLDFAST_TRAINING__EPOCHS = 'many': should be a valid integer$"):
+    with pytest.raises(ConfigError, match=r"HOLDFAST_TRAINING__EPOCHS = 'many': should be a valid integer$"):
         config.load(write(tmp_path, ""))
 
 
