@@ -173,7 +173,7 @@ class CycleRunner:
     def _decide(self, cycle: Cycle, stop: Stop) -> Cycle:
         snapshot = snapshots.load(self._snapshot_of(cycle))
         evidence = examination.evidence(self.store, cycle, snapshot.info["meta"]["new_tasks"])
-        verdict = gate.judge(evidence, self._thresholds)
+        verdict = gate.judge(evidence, gate.Thresholds.from_dict(snapshot.info["meta"]["gate"]))
         log.info("%s", verdict.summary, extra=_action("decided", cycle))
         return self.store.advance(
             cycle.id, State.DECIDED, verdict=(verdict.passed, verdict.to_json()), reason=verdict.summary
@@ -201,17 +201,12 @@ class CycleRunner:
 
     # What the steps share.
 
-    @property
-    def _thresholds(self) -> gate.Thresholds:
-        return gate.Thresholds(**self.settings.gate.model_dump())
-
     def _rejected_before(self, snapshot: str) -> Cycle | None:
-        """The cycle that failed the gate with this very snapshot under the same thresholds: training it
-        again would give the same adapter, every night."""
+        """The cycle that failed the gate with this very snapshot, thresholds and all: training it again
+        would give the same adapter and the same verdict, every night."""
         for tried in self.store.cycles_with(snapshot):
-            judged = self.store.verdict(tried.id)
-            verdict = gate.Verdict.from_json(judged[1]) if judged else None
-            if verdict and not verdict.passed and verdict.thresholds == self._thresholds:
+            verdict = self.store.verdict(tried.id)
+            if verdict is not None and not verdict[0]:
                 return tried
         return None
 

@@ -165,6 +165,7 @@ def take_snapshot(
             "train": train_spec(settings).__dict__,
             "strategy": {**strategy_spec(settings).__dict__, "methods": list(settings.strategy.methods)},
             "max_new_tokens": settings.evaluation.max_new_tokens,
+            "gate": settings.gate.model_dump(),
         },
     )
     roles = [(row.hash, "train") for row in experience.train]

@@ -11,7 +11,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Self
 
 from strategies.contract import Record
 
@@ -82,18 +81,6 @@ class Verdict(Record):
     suites: tuple[SuiteVerdict, ...]
     gain: float | None  # mean change over the new tasks' suites that can speak
     thresholds: Thresholds
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        suites = (SuiteVerdict(**{**s, "finding": Finding(s["finding"])}) for s in values["suites"])
-        return cls(
-            **{
-                **values,
-                "suites": tuple(suites),
-                "reasons": tuple(values["reasons"]),
-                "thresholds": Thresholds.from_dict(values["thresholds"]),
-            }
-        )
 
 
 def judge(suites: Sequence[SuiteScores], thresholds: Thresholds, *, seed: int = 0) -> Verdict:

@@ -45,15 +45,17 @@ def cli(config_path: Path, *args: str, stdin: str = "", **extra: str) -> subproc
 
 
 class DaemonProcess:
-    """`daemon run` as a child. Entering waits until it is ready; leaving kills it if it still lives."""
+    """`daemon run` as a child. Entering waits until it is ready, or says something else to systemd; leaving
+    kills it if it still lives."""
 
-    def __init__(self, config_path: Path, **extra: str) -> None:
+    def __init__(self, config_path: Path, *, until: str = "READY=1", **extra: str) -> None:
         self.config_path = config_path
         self.settings: Settings = config.load(config_path)
         self._ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._ear.bind("")  # an abstract name of the kernel's choice
         self._ear.settimeout(SECONDS)
         self.heard: list[str] = []
+        self._first = until
         self.log = config_path.parent / "daemon.log"
         address = "@" + self._ear.getsockname()[1:].decode()
         with self.log.open("a") as log:
@@ -65,7 +67,7 @@ class DaemonProcess:
             )
 
     def __enter__(self) -> Self:
-        self.hear("READY=1")
+        self.hear(self._first)
         return self
 
     def __exit__(

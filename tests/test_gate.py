@@ -2,7 +2,7 @@
 
 import pytest
 
-from daemon.gate import Finding, SuiteScores, Thresholds, Verdict, judge, paired_bootstrap
+from daemon.gate import Finding, SuiteScores, Thresholds, judge, paired_bootstrap
 
 LIMITS = Thresholds(max_drop=0.03, min_gain=0.02)
 
@@ -124,8 +124,3 @@ def test_the_paired_interval_is_that_of_the_mean_difference() -> None:
 
 def test_identical_models_have_an_interval_of_zero_width() -> None:
     assert paired_bootstrap([0.0] * 30, confidence=0.95, resamples=200, seed=0) == (0.0, 0.0)
-
-
-def test_a_verdict_survives_being_written_down() -> None:
-    verdict = judge([suite("billing", [1.0] * 40, [1.0] * 20 + [0.0] * 20), LEARNED], LIMITS)
-    assert Verdict.from_json(verdict.to_json()) == verdict
