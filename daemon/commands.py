@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from daemon import operations
-from daemon.base import prepare_base
+from daemon import operations, statedir
+from daemon.base import prepare_base, prepared_base
 from daemon.control import Request
 from daemon.executor import OnProgress, Stop, WorkerExecutor
 from daemon.flight import Activity, Flight
@@ -53,6 +53,8 @@ def prepared(
     settings: Settings, on_progress: OnProgress = lambda progress: None, stop: Stop | None = None
 ) -> PreparedBase:
     """The base, made ready by a worker of its own when that was not done before."""
+    if prepared_base(settings) is None:
+        statedir.refuse_root(settings.state_dir, "ask")  # all others have become the owner by now
     with make_executor(settings) as executor:
         return prepare_base(settings, executor, on_progress, stop or Stop())
 

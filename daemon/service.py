@@ -56,7 +56,7 @@ def run(config_path: Path) -> int:
     notifier = Notifier.from_environment()
     mail = _catch_signals()
     settings = config.load(config_path)
-    statedir.refuse_root(settings.state_dir)
+    statedir.refuse_root(settings.state_dir, "run")
     statedir.prepare(settings.state_dir)
 
     def wait(reason: str) -> None:

@@ -99,14 +99,14 @@ def become_owner(path: Path) -> None:
         os.setuid(owner.st_uid)
 
 
-def refuse_root(path: Path) -> None:
-    """Raises `ConfigError` when root would run a daemon on somebody else's state directory: its files
-    would be root's, and closed to the account that runs it tomorrow."""
+def refuse_root(path: Path, command: str) -> None:
+    """Raises `ConfigError` when root would write into somebody else's state directory: its files would be
+    root's, and closed to the account that runs the daemon tomorrow."""
     if os.geteuid() != 0 or not path.exists() or path.stat().st_uid == 0:
         return
     owner = _account(path.stat().st_uid)
     raise ConfigError(
-        f"{path} belongs to {owner}: `sudo -u {owner} daemon run`, or `systemctl start holdfast`"
+        f"{path} belongs to {owner}: `sudo -u {owner} daemon {command}`, or `systemctl start holdfast`"
     )
 
 

@@ -103,12 +103,14 @@ class DaemonProcess:
         return self.call("status")
 
     def until(self, met: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first status for which this holds."""
-        while True:
+        """The first status for which this holds; told so when it never comes."""
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
             told = self.status()
             if met(told):
                 return told
-            time.sleep(0.05)  # leaves the processor to the daemon
+            time.sleep(0.02)  # leaves the processor to the daemon
+        raise AssertionError(f"never happened; last seen: {told}\n{self.log.read_text()}")
 
     def retrain(self) -> int:
         """Asks for a cycle; its number."""

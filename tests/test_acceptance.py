@@ -47,7 +47,7 @@ def home(tmp_path: Path, base: Path) -> Path:
 
 
 def make_home(home: Path, base: Path) -> Path:
-    path = write_config(home, base)
+    path = write_config(home, base, training__epochs=40)  # long enough to be met in the middle
     (home / "state").mkdir(mode=0o700)
     (home / "state/mlflow.db").write_bytes(fresh_mlflow().read_bytes())
     collect(home / "qa.duckdb", LESSON)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon import access, config, operations, statedir, unit
+from daemon import access, config, console, operations, statedir, unit
 from daemon.cli import EXIT_CODES
-from storage.errors import StoreBusy
+from storage.errors import ConfigError, StoreBusy
 from storage.records import State
 from storage.store import Store
 from tests.bots import write_config
@@ -224,6 +224,32 @@ def test_root_does_not_run_a_daemon_on_somebody_elses_state(path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_root_who_asks_leaves_no_base_that_the_account_cannot_replace(path: Path) -> None:
+    state = config.load(path).state_dir
+    os.chown(state, NOBODY, NOBODY)
+    ran = cli(path, "ask", "who are you")
+    assert ran.returncode == 1
+    assert "sudo -u nobody daemon ask" in ran.stderr
+    assert [found.name for found in state.iterdir()] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_lock_that_root_left_behind_is_told_with_the_command_that_gives_it_back(path: Path) -> None:
+    state = config.load(path).state_dir
+    (state / statedir.LOCK).touch(mode=0o600)
+    os.chown(state, NOBODY, NOBODY)
+    for folder in state.parents:
+        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
+            folder.chmod(0o755)
+    os.seteuid(NOBODY)
+    try:
+        with pytest.raises(ConfigError, match=f"sudo chown -R nobody {state}"), statedir.held(state, "x"):
+            pass
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_installing_gives_back_what_root_left_in_the_state_directory(path: Path) -> None:
     state = config.load(path).state_dir
     os.chown(state, NOBODY, NOBODY)
@@ -254,6 +280,18 @@ def test_a_daemon_without_an_ear_is_told_from_none(path: Path) -> None:
             ran = cli(path, command)
             assert ran.returncode == 1
             assert "is starting, stopping or hanging" in ran.stderr
+
+
+def test_outside_a_terminal_progress_is_a_line_where_something_changed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
+    step = {"stage": "train", "step": 1, "steps": 9, "loss": None, "rows_per_second": 0, "left": None}
+    with console.Follower() as follower:
+        for number in (1, 1, 1, 2, 2):
+            event = {"cycle": 4, "state": "snapshotted", "progress": {**step, "step": number, "detail": ""}}
+            follower.event(event)
+    assert capsys.readouterr().err.splitlines() == ["cycle 4: train 1/9", "cycle 4: train 2/9"]
 
 
 def test_every_ending_has_an_exit_code() -> None:

@@ -45,6 +45,16 @@ def test_every_command_that_a_page_names_exists(page: Path) -> None:
     assert named <= COMMANDS
 
 
+def test_the_steps_by_hand_are_the_same_in_the_unit_and_on_the_page_and_end_in_the_units_command() -> None:
+    unit, page = (ROOT / "deploy/holdfast.service").read_text(), (ROOT / "docs/operations.md").read_text()
+    steps = re.findall(r"^#   sudo (.+)$", unit, flags=re.MULTILINE)
+    assert len(steps) == 5
+    for step in steps:
+        assert f"sudo {step}".replace("cp holdfast.service", "cp deploy/holdfast.service") in page
+    environment = unit.split("ExecStart=")[1].split("/bin/daemon")[0]
+    assert f"python3 -m venv {environment}\n" in page
+
+
 def test_the_operations_page_lists_every_command() -> None:
     text = (ROOT / "docs/operations.md").read_text()
     assert {command for command in COMMANDS if f"`{command}" not in text} == set()

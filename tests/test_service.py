@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import duckdb
@@ -108,18 +109,17 @@ def test_it_waits_for_a_command_that_works_on_the_state_and_can_be_stopped_meanw
 ) -> None:
     path, state = write_config(tmp_path, base), tmp_path / "state"
     state.mkdir(mode=0o700)
-    ingest = (
-        statedir.held(state, "daemon ingest") if held == "directory" else Store.open(state / "store.duckdb")
-    )
-    with ingest:
-        waiting = DaemonProcess(path)
-        waiting.hear("STATUS=waits")
-        with waiting:
+    with ExitStack() as ingest:
+        if held == "directory":
+            ingest.enter_context(statedir.held(state, "daemon ingest"))
+        else:
+            ingest.enter_context(Store.open(state / "store.duckdb"))
+        with DaemonProcess(path, until="STATUS=waits") as waiting:
             assert waiting.stop() == 0
-        waiting = DaemonProcess(path)
-        waiting.hear("STATUS=waits")
-    with waiting:
-        assert waiting.stop() == 0
+        with DaemonProcess(path, until="STATUS=waits") as waiting:
+            ingest.close()
+            waiting.hear("READY=1")
+            assert waiting.stop() == 0
 
 
 def test_after_kill_9_the_next_one_starts_as_if_nothing_had_been(idle: DaemonProcess) -> None:
