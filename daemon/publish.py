@@ -31,9 +31,10 @@ def publish(store: Store, registry: Registry, settings: Settings, cycle: Cycle, 
     artifacts.verify(folder / "train")
     if before := store.models():
         registry.check_has(before[-1].version, before[-1].adapter_hash)
-    record = _record(store, settings, cycle, folder)
+    info = _info(settings, cycle)
+    record = _record(store, settings, cycle, folder, info)
     version = registry.publish(record)
-    store.add_model(_model(store, cycle, version, record.adapter_hash, folder, settings))
+    store.add_model(_model(store, settings, cycle, folder, version, record, info))
     registry.log_stream(cycle.id, _stream_metrics(store, cycle, record.metrics), record.matrix)
     registry.set_alias(CHALLENGER, version, record.adapter_hash)
     return version
@@ -52,11 +53,14 @@ def parameters(settings: Settings, used: Mapping[str, Mapping[str, Any]] | None 
     }
 
 
-def _record(store: Store, settings: Settings, cycle: Cycle, folder: Path) -> CycleRecord:
+def _record(
+    store: Store, settings: Settings, cycle: Cycle, folder: Path, info: dict[str, Any]
+) -> CycleRecord:
     training = TrainReport.from_json((folder / "train" / "report.json").read_text())
     told = report.cycle_report(store, cycle.id)
     table = report.Matrix(**told["matrix"])
-    verdict, meta = told["verdict"], _meta(settings, cycle)
+    verdict, meta = told["verdict"], info["meta"]
+    classified = report.classification(store, cycle.id)
     used = {
         "model": meta["model"],
         "lora": meta["lora"],
@@ -71,15 +75,15 @@ def _record(store: Store, settings: Settings, cycle: Cycle, folder: Path) -> Cyc
         started_at=cycle.started_at or cycle.requested_at,
         finished_at=store.clock(),
         params=parameters(settings, used),
-        tags=_tags(settings, cycle, training),
+        tags=_tags(cycle, training, meta),
         curve=tuple(asdict(point) for point in training.curve),
         validation_losses=training.validation_losses,
-        metrics=_metrics(store, cycle, training, table),
+        metrics=_metrics(store, cycle, training, table, classified),
         artifacts_json={
             "verdict.json": verdict,
             "matrix.json": asdict(table),
             "training.json": json.loads(training.to_json()),
-            "classification.json": report.classification(store, cycle.id),
+            "classification.json": classified,
         },
         texts={"verdict.md": words},
         description=words,
@@ -88,7 +92,7 @@ def _record(store: Store, settings: Settings, cycle: Cycle, folder: Path) -> Cyc
         adapter_dir=folder / "train" / "adapter",
         adapter_hash=artifacts.sha256_file(folder / "train" / "adapter" / "adapter_model.safetensors"),
         state_dir=folder / "train" / "state",
-        model_config=_model_config(settings, cycle),
+        model_config=_model_config(info),
         version_tags={
             "holdfast.verdict": "passed" if verdict["passed"] else "rejected",
             "holdfast.reason": verdict["summary"],
@@ -98,8 +102,7 @@ def _record(store: Store, settings: Settings, cycle: Cycle, folder: Path) -> Cyc
     )
 
 
-def _tags(settings: Settings, cycle: Cycle, training: TrainReport) -> dict[str, str]:
-    meta = _meta(settings, cycle)
+def _tags(cycle: Cycle, training: TrainReport, meta: dict[str, Any]) -> dict[str, str]:
     return {
         "holdfast.snapshot": cycle.snapshot or "",
         "holdfast.parent": str(cycle.parent or "base"),
@@ -110,14 +113,17 @@ def _tags(settings: Settings, cycle: Cycle, training: TrainReport) -> dict[str, 
     }
 
 
-def _metrics(store: Store, cycle: Cycle, training: TrainReport, table: report.Matrix) -> dict[str, float]:
-    found = {f"suite/{score.task}/{score.label}": score.score for score in store.scores(cycle.id)}
+def _metrics(
+    store: Store, cycle: Cycle, training: TrainReport, table: report.Matrix, classified: dict[str, Any]
+) -> dict[str, float]:
+    found = {}
     for score in store.scores(cycle.id):
+        found[f"suite/{score.task}/{score.label}"] = score.score
         if score.label == "candidate":
             answers = store.predictions(score.model, score.exam).values()
             found[f"suite/{score.task}/exact_match"] = sum(a.exact_match for a in answers) / len(answers)
             found[f"suite/{score.task}/token_f1"] = sum(a.token_f1 for a in answers) / len(answers)
-    for task, result in report.classification(store, cycle.id).items():
+    for task, result in classified.items():
         found[f"suite/{task}/macro_f1"] = result["macro_f1"]
     return {
         **found,
@@ -161,22 +167,27 @@ def _add_answers(store: Store, score: Score, lines: dict[tuple[str, str], dict[s
 
 
 def _model(
-    store: Store, cycle: Cycle, version: int, adapter_hash: str, folder: Path, settings: Settings
+    store: Store,
+    settings: Settings,
+    cycle: Cycle,
+    folder: Path,
+    version: int,
+    record: CycleRecord,
+    info: dict[str, Any],
 ) -> ModelVersion:
     return ModelVersion(
         version=version,
         cycle_id=cycle.id,
         parent=cycle.parent,
         result=str((folder / "train").relative_to(settings.state_dir)),
-        adapter_hash=adapter_hash,
-        base=_meta(settings, cycle)["model"]["fingerprint"],
+        adapter_hash=record.adapter_hash,
+        base=info["meta"]["model"]["fingerprint"],
         created_at=store.clock(),
     )
 
 
-def _model_config(settings: Settings, cycle: Cycle) -> dict[str, Any]:
+def _model_config(info: dict[str, Any]) -> dict[str, Any]:
     """What the served model needs besides the adapter; the keys are those of daemon/served_model.py."""
-    info = _info(settings, cycle)
     spec = dict(info["meta"]["model"])
     return {
         "base_path": spec.pop("path"),
@@ -186,10 +197,7 @@ def _model_config(settings: Settings, cycle: Cycle) -> dict[str, Any]:
     }
 
 
-def _meta(settings: Settings, cycle: Cycle) -> dict[str, Any]:
-    return dict(_info(settings, cycle)["meta"])
-
-
 def _info(settings: Settings, cycle: Cycle) -> dict[str, Any]:
+    """What the snapshot says; every byte of it is checked, so it is asked once."""
     assert cycle.snapshot is not None
     return snapshots.load(settings.state_dir / "snapshots" / cycle.snapshot).info
