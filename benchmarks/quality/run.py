@@ -1,0 +1,325 @@
+"""One run: a contender learns a stream, is examined after every experience, and leaves a record.
+
+Both stages find what they finished before by the digest of the job, so a run that was interrupted goes on
+where it stopped, in the middle of a training too. Working files lie in a folder of the run.
+"""
+
+import fcntl
+import hashlib
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from benchmarks.quality import records
+from benchmarks.quality.changes import renamed_answers
+from benchmarks.quality.plan import Places, Plan
+from benchmarks.quality.records import Lesson, RunRecord
+from benchmarks.quality.streams import Stream, free_task, labels_task, stored
+from benchmarks.stream import hardware
+from storage import snapshots
+from storage.artifacts import write_file
+from storage.errors import Interrupted, TrainingError
+from storage.parquet import write_rows
+from storage.records import StoredRow
+from storage.rows import Row
+from storage.snapshots import Snapshot
+from strategies.contract import (
+    EvaluateJob,
+    ModelSpec,
+    Progress,
+    SuiteJob,
+    Task,
+    TrainJob,
+    TrainReport,
+    result_files,
+)
+from strategies.evaluation import evaluate
+from strategies.loop import train
+from strategies.replay_memory import memory_hashes
+
+ShouldStop = Callable[[], bool]
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A plan and where on this machine it is carried out."""
+
+    plan: Plan
+    model: ModelSpec
+    out: Path  # absolute; everything that may be deleted
+    places: Places
+    records: Path = records.FOLDER
+    keep: bool = False  # adapters and snapshots after the run
+
+    @property
+    def folder(self) -> Path:
+        return self.out / self.plan.size / self.plan.group / f"{self.plan.contender}-{self.plan.digest[:8]}"
+
+    @property
+    def shared(self) -> Path:
+        """What runs of all orders and contenders have in common: the base's answers."""
+        return self.out / self.plan.size / f"{self.plan.stream}-seed{self.plan.seed}-base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """An experience has been learned: the adapter's folder, and the training's report."""
+
+    snapshot: Snapshot
+    result: Path
+    digest: str  # of the job that made it: a path alone does not tell one adapter from another
+    report: TrainReport
+
+
+def run(work: Work, should_stop: ShouldStop = lambda: False, say: Callable[[str], None] = print) -> RunRecord:
+    """The record of the plan: found, or made. Raises `Interrupted`; the next call continues."""
+    found = records.find(work.plan, work.records)
+    if found is not None:
+        return found
+    stream = work.plan.load(work.places)
+    try:
+        record = _measure(work, stream, should_stop, say)
+    except TrainingError as error:  # a result too: this contender cannot learn this stream
+        record = _record(work, failed=str(error))
+    records.save(record, work.records)
+    if not work.keep:
+        tidy_away(work.folder)
+    return record
+
+
+def _measure(work: Work, stream: Stream, should_stop: ShouldStop, say: Callable[[str], None]) -> RunRecord:
+    base = base_scores(work, stream, should_stop)
+    lessons: list[Lesson] = []
+    answers: list[dict[str, Any]] = []
+    for number, trained in enumerate(_contender(work)(work, stream, should_stop)):
+        examined = [(trained.snapshot.suite_path(t), free_task(t)) for t in _asked(stream, number + 1)]
+        job = _exam(work, work.folder / f"exam-{number + 1}", examined, trained)
+        lesson, answers = _lesson(work, stream, number, trained, job, should_stop)
+        lessons.append(lesson)
+        mean = sum(lesson.scores.values()) / len(lesson.scores)
+        say(f"{work.plan.name}: {number + 1}/{len(stream.experiences)} {lesson.name}, {mean:.3f} on its exam")
+    matrix = records.matrix(stream.tasks, base, lessons)
+    extras = renamed_answers(stream, answers)
+    if stream.labels:
+        extras["labels_accuracy"] = _labels_accuracy(work, stream, trained, should_stop)
+    return _record(
+        work,
+        tasks=tuple(stream.tasks),
+        learned_at=tuple(stream.learned_at),
+        matrix=matrix,
+        metrics=records.measured(matrix, stream.learned_at),
+        extras=extras,
+        lessons=tuple(lessons),
+    )
+
+
+def _record(work: Work, **results: Any) -> RunRecord:
+    strategy, training, lora = work.plan.specs()
+    settings = {"strategy": asdict(strategy), "train": asdict(training), "lora": asdict(lora)}
+    return RunRecord(
+        digest_of_plan=work.plan.digest,
+        plan=work.plan,
+        settings=settings,
+        hardware=hardware(),
+        date=date.today().isoformat(),
+        **results,
+    )
+
+
+# Learning.
+
+Learns = Callable[[Work, Stream, ShouldStop], Iterator[Trained]]
+
+
+def _contender(work: Work) -> Learns:
+    return _holdfast
+
+
+def _holdfast(work: Work, stream: Stream, should_stop: ShouldStop) -> Iterator[Trained]:
+    """Experience by experience through the worker's training stage, each from the one before."""
+    strategy, training, lora = work.plan.specs()
+    parent: Path | None = None
+    for number in range(len(stream.experiences)):
+        snapshot = write_snapshot(work, stream, number, parent)
+        out = work.folder / f"train-{number + 1}"
+        job = TrainJob(
+            snapshot=str(snapshot.path),
+            out=str(out),
+            work=str(work.folder / "checkpoint"),
+            parent=str(parent) if parent else None,
+            model=work.model,
+            lora=lora,
+            train=training,
+            strategy=strategy,
+        )
+        report = train(job, _silent, should_stop)
+        yield Trained(snapshot=snapshot, result=out, digest=job.digest, report=report)
+        parent = out
+
+
+def write_snapshot(work: Work, stream: Stream, number: int, parent: Path | None) -> Snapshot:
+    """Experience `number` (from 0) as the daemon would freeze it: of the past, what the parent remembers."""
+    remembered = set(memory_hashes(result_files(parent)["state"])) if parent else set()
+    experience = stream.experiences[number]
+    suites = {task: stream.suite(task, number + 1) for task in _asked(stream, number + 1)}
+    return snapshots.write(
+        work.folder / "snapshots",
+        train=list(map(stored, experience.train)),
+        validation=list(map(stored, experience.validation)),
+        memory=[stored(row) for row in stream.past(number) if row.hash in remembered],
+        suites={task: _frozen(rows) for task, rows in suites.items()},
+        tasks=[asdict(free_task(task)) for task in suites],
+        meta={"stream": stream.name, "order": stream.order, "experience": number + 1},
+    )
+
+
+def _frozen(rows: Sequence[Row]) -> snapshots.FrozenSuite:
+    kept = list(map(stored, rows))
+    return 1, snapshots.suite_hash(kept), kept
+
+
+def _asked(stream: Stream, after: int) -> list[str]:
+    """Tasks examined after `after` experiences: those learned, and the next, for forward transfer."""
+    return [t for t, n in zip(stream.tasks, stream.learned_at, strict=True) if n <= after + 1]
+
+
+# Examining.
+
+
+def base_scores(work: Work, stream: Stream, should_stop: ShouldStop) -> dict[str, float]:
+    """The bare base on every task's first suite; answered once for all orders and contenders of a seed."""
+    with _alone(work.shared):
+        examined = []
+        for task in stream.tasks:
+            frozen = snapshots.suite_hash(rows := sorted(map(stored, stream.suite(task, 0)), key=_by_hash))
+            path = work.shared / f"suite-{frozen[:16]}.parquet"
+            write_rows(path, rows)
+            examined.append((path, free_task(task)))
+        job = _exam(work, work.shared / "exam", sorted(examined, key=lambda pair: pair[0]))
+        evaluate(job, _Watch(should_stop))
+    return scores(answers_of(job))
+
+
+def _exam(
+    work: Work, out: Path, examined: Sequence[tuple[Path, Task]], trained: Trained | None = None
+) -> EvaluateJob:
+    """All suites at once, by an adapter or the bare base. What differs has another folder."""
+    label = "model"
+    adapter = result_files(trained.result)["adapter"] if trained else None
+    made_of = [str(trained.digest if trained else ""), *(f"{path} {task.digest}" for path, task in examined)]
+    told = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:12]
+    return EvaluateJob(
+        out=str(out.with_name(f"{out.name}-{told}")),
+        model=work.model,
+        models={label: str(adapter) if adapter else None},
+        suites=tuple(SuiteJob(task=task, path=str(path)) for path, task in examined),
+        plan=tuple((label, task.name) for _, task in examined),
+        batch_size=work.plan.batch_size,
+        max_new_tokens=work.plan.max_new_tokens,
+        threads=1,
+    )
+
+
+def _lesson(
+    work: Work, stream: Stream, number: int, trained: Trained, job: EvaluateJob, should_stop: ShouldStop
+) -> tuple[Lesson, list[dict[str, Any]]]:
+    """The exam's outcome; what was measured while it ran is kept beside it, for a run that is resumed."""
+    kept = work.folder / f"lesson-{job.digest[:16]}.json"
+    watch = _Watch(should_stop)
+    evaluate(job, watch)
+    answers = answers_of(job)
+    if kept.exists():
+        return Lesson.from_json(kept.read_text(encoding="utf-8")), answers
+    report, experience = trained.report, stream.experiences[number]
+    lesson = Lesson(
+        name=experience.name,
+        rows=len(experience.train),
+        rows_seen=len(stream.rows_seen(number + 1)),
+        replayed=report.replay_rows,
+        steps=report.steps,
+        cpu_seconds=report.cpu_seconds,
+        state_bytes=report.state_bytes,
+        memory_rows=report.memory_rows,
+        evaluation_seconds=watch.seconds_per_row,
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
+        scores=scores(answers),
+    )
+    write_file(kept, lesson.to_json())
+    return lesson, answers
+
+
+def _labels_accuracy(work: Work, stream: Stream, trained: Trained, should_stop: ShouldStop) -> float:
+    """The last model with its decoding constrained to each task's own answers; mean over tasks."""
+    examined = [(trained.snapshot.suite_path(task), labels_task(stream, task)) for task in stream.tasks]
+    job = _exam(work, work.folder / "exam-labels", examined, trained)
+    evaluate(job, _Watch(should_stop))
+    found = scores(answers_of(job))
+    return sum(found.values()) / len(found)
+
+
+def answers_of(job: EvaluateJob) -> list[dict[str, Any]]:
+    """The predictions, one dictionary a row (columns: `strategies.evaluation.SCHEMA`)."""
+    found: list[dict[str, Any]] = pq.read_table(Path(job.out) / "predictions.parquet").to_pylist()
+    return found
+
+
+def scores(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean score of each task."""
+    by_task: dict[str, list[float]] = {}
+    for answer in answers:
+        by_task.setdefault(answer["task"], []).append(answer["score"])
+    return {task: sum(values) / len(values) for task, values in by_task.items()}
+
+
+class _Watch:
+    """Listens to an exam: stops it when asked to, and counts its CPU seconds after the first batch."""
+
+    def __init__(self, should_stop: ShouldStop) -> None:
+        self.should_stop = should_stop
+        self.marks: list[tuple[int, float]] = []  # rows answered, CPU seconds
+
+    def __call__(self, progress: Progress) -> None:
+        if self.should_stop():
+            raise Interrupted()
+        if progress.stage == "evaluate":
+            self.marks.append((progress.step, time.process_time()))
+
+    @property
+    def seconds_per_row(self) -> float:
+        if len(self.marks) < 2:
+            return 0.0
+        (first, began), (last, ended) = self.marks[0], self.marks[-1]
+        return (ended - began) / (last - first)
+
+
+def _by_hash(row: StoredRow) -> str:
+    return row.hash
+
+
+def _silent(progress: Progress) -> None:
+    """Nobody watches single steps."""
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; a lock that its owner's end releases, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def tidy_away(folder: Path) -> None:
+    """Removes what a finished run needs no more; predictions and measurements stay."""
+    for path in [*folder.glob("train-*"), folder / "snapshots", folder / "checkpoint"]:
+        shutil.rmtree(path, ignore_errors=True)
