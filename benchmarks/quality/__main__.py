@@ -1,7 +1,7 @@
 """The quality benchmark: every contender on every stream, and the page with what was measured.
 
     python -m benchmarks.quality --size wide --clinc DIR --clbench DIR
-    python -m benchmarks.quality --size wide --pages-only
+    python -m benchmarks.quality --size wide --pages-only --page docs/benchmarks.md
 
 Each run (stream, order, seed, contender) leaves a record in benchmarks/records/, and is not made again. An
 interrupted benchmark continues where it stopped, with the same command.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.contenders import CONTENDERS
-from benchmarks.quality import plan, records, synthetic, work
+from benchmarks.quality import pages, plan, records, synthetic, work
 from benchmarks.quality.plan import ORDERS, PRESETS, TINY, Choice, Places, Plan
 from benchmarks.quality.run import Work
 from benchmarks.stream import end_on_sigterm, parse_change
@@ -43,7 +43,10 @@ def _run(options: argparse.Namespace) -> int:
         for one in chosen:
             print(one.name, "recorded" if records.find(one, options.records) else "")
         return 0
-    failed = work.carry_out(_works(options, chosen), options.jobs)
+    failed = [] if options.pages_only else work.carry_out(_works(options, chosen), options.jobs)
+    if options.page:
+        pages.update(options.page, options.size, options.records)
+        print(f"{options.page} is up to date")
     if failed:
         print(f"without a result: {', '.join(failed)}; the same command tries again", file=sys.stderr)
     return 1 if failed else 0
@@ -121,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path(".bench/quality"), help="working files, which may be deleted")
     add("--keep", action="store_true", help="keep adapters and snapshots of finished runs")
     add("--records", type=Path, default=records.FOLDER, help="where the records of finished runs are")
+    add("--page", type=Path, help="page whose section of this size is rewritten from all records")
+    add("--pages-only", action="store_true", help="run nothing: the page alone, which needs no data")
     add("--list", action="store_true", help="show the runs in the order of work, and run nothing")
     return parser
 

@@ -127,7 +127,7 @@ class Preset:
     train: dict[str, Any] = field(default_factory=dict)
 
 
-_TINY_TRAIN = {"learning_rate": 0.01, "batch_size": 4, "epochs": 2}
+_TINY_TRAIN = {"learning_rate": 0.01, "batch_size": 4, "epochs": 2, "patience": 0}
 _TINY_LORA = {"rank": 2, "alpha": 4}
 _LONG = Course(
     sizes=Sizes(domains=50, rows=24, validation=4, suite=8),
@@ -148,8 +148,8 @@ PRESETS = {
                 sizes=Sizes(domains=3, rows=16, validation=4, suite=8),
                 seeds=2,
                 second=1,
-                train=_TINY_TRAIN,
-                lora=_TINY_LORA,
+                train={**_TINY_TRAIN, "epochs": 12},
+                lora={"rank": 8, "alpha": 16},
             ),
             "long": replace(_LONG, sizes=Sizes(domains=6, rows=12, validation=4, suite=4)),
         },

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 
@@ -62,6 +63,7 @@ def _stop(processes: Sequence[BaseProcess]) -> None:
 
 def _run(work: Work, parent: int) -> None:
     """In the new process. It ends with its parent, too."""
+    warnings.simplefilter("ignore")  # of libraries about each other, once a run
     asked = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks us
     signal.signal(signal.SIGTERM, lambda number, frame: asked.set())

@@ -1,0 +1,129 @@
+"""Sentences about a board, computed from its numbers: nothing here is written by hand. Pure."""
+
+from benchmarks.quality.summary import JOINT, NAIVE, Board, Entry, costs, growth
+
+# What a method should reach to be the default.
+NEAR_JOINT = 0.02  # of average accuracy below joint training
+FORGETS = 0.02
+TIME = 1.5  # x naive
+MEMORY = 0.05  # of the rows seen
+
+
+def lines(board: Board) -> list[str]:
+    """The conclusions, as a list."""
+    said = [_bounds(board), _best(board), _target(board), _target_memory(board), _changed(board)]
+    return [f"- {sentence}" for sentence in said if sentence]
+
+
+def checks(entry: Entry, joint: Entry | None) -> dict[str, bool | None]:
+    """The parts of the target; None where a number is missing."""
+    forgets, time = entry.metric("forgetting"), entry.time
+    return {
+        "near joint": joint.accuracy - entry.accuracy <= NEAR_JOINT if joint else None,
+        "forgets little": forgets.mean <= FORGETS if forgets else None,
+        "fast": time.mean <= TIME if time else None,
+        "small": entry.memory_share <= MEMORY,
+    }
+
+
+def _bounds(board: Board) -> str:
+    naive, joint = board.entry(NAIVE), board.entry(JOINT)
+    if naive is None:
+        return ""
+    forgets = naive.metric("forgetting")
+    told = f"Naive training ends at {_points(naive.accuracy)}"
+    told += f" and forgets {_points(forgets.mean)} points" if forgets else ""
+    return told + (f"; joint training reaches {_points(joint.accuracy)}." if joint else ".")
+
+
+def _best(board: Board) -> str:
+    if not board.rivals:
+        return ""
+    best, joint = board.rivals[0], board.entry(JOINT)
+    told = f"Best is `{best.name}` with {_points(best.accuracy)}"
+    if joint:
+        gap = (joint.accuracy - best.accuracy) * 100
+        told += f", {abs(gap):.1f} points {'below' if gap >= 0 else 'above'} joint training"
+    told += f", in {best.time.mean:.2f} x naive's time" if best.time else ""
+    return f"{told}, with {best.memory_share:.1%} of the rows remembered.{_noise(board)}"
+
+
+def _noise(board: Board) -> str:
+    """Who cannot be told from the best: within one standard deviation of either."""
+    best, *others = board.rivals
+    stat = best.metric("average_accuracy")
+    near = []
+    for entry in others:
+        found = entry.metric("average_accuracy")
+        if (
+            stat
+            and found
+            and stat.deviation
+            and stat.mean - found.mean <= max(stat.deviation, found.deviation)
+        ):
+            near.append(f"`{entry.name}`")
+    if len(best.runs) == 1 and others:
+        return " One seed each: small differences mean nothing."
+    return f" Within one standard deviation of it: {', '.join(near)}." if near else ""
+
+
+def _target(board: Board) -> str:
+    """The whole target, and who fails only one part of it."""
+    joint = board.entry(JOINT)
+    if joint is None or not board.rivals:
+        return ""
+    found = {entry.name: checks(entry, joint) for entry in board.rivals}
+    whole = [f"`{name}`" for name, parts in found.items() if all(parts.values())]
+    told = (
+        f"The target (within {NEAR_JOINT * 100:.0f} points of joint, forgetting at most {FORGETS * 100:.0f}, "
+        f"at most {TIME:g} x naive's time, a memory of at most {MEMORY:.0%} of the rows seen) is "
+    )
+    if whole:
+        return f"{told}met by {', '.join(whole)}."
+    closest = [
+        f"`{name}` ({', '.join(part for part, holds in parts.items() if not holds)} missed)"
+        for name, parts in found.items()
+        if sum(not holds for holds in parts.values()) == 1
+    ]
+    return f"{told}met by none{'; all but one part: ' + ', '.join(closest) if closest else ''}."
+
+
+def _target_memory(board: Board) -> str:
+    """The best with a small memory."""
+    small = [entry for entry in board.rivals if entry.memory_share <= MEMORY]
+    if not small or small[0] is board.rivals[0]:
+        return ""
+    best = small[0]
+    return f"Best with at most {MEMORY:.0%} of the rows remembered: `{best.name}`, {_points(best.accuracy)}."
+
+
+def _changed(board: Board) -> str:
+    known = [entry for entry in board.rivals if entry.extra("changed_accuracy")]
+    if not known:
+        return ""
+    best = max(known, key=lambda entry: _extra(entry, "changed_accuracy"))
+    newest, stale, rest = (
+        _points(_extra(best, name)) for name in ("changed_accuracy", "stale_share", "unchanged_accuracy")
+    )
+    return (
+        f"Renamed answers: `{best.name}` gives the newest to {newest} % of the changed questions and the stale "
+        f"one to {stale} %, and is right on {rest} % of the others."
+    )
+
+
+def flat(entry: Entry) -> list[str]:
+    """For each cost of the first run: its name, how it began, how it ended, its slope."""
+    return [
+        f"| `{entry.name}` | {name} | {found.first:.4g} | {found.last:.4g} | {found.relative:+.2%} |"
+        for name, values in costs(entry.runs[0]).items()
+        for found in [growth(values)]
+    ]
+
+
+def _extra(entry: Entry, name: str) -> float:
+    found = entry.extra(name)
+    return found.mean if found else 0.0
+
+
+def _points(share: float) -> str:
+    return f"{share * 100:.1f}"

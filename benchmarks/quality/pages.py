@@ -1,0 +1,142 @@
+"""Tables, pictures and conclusions of a size, from its records alone, into a section of a page."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import tables
+from benchmarks.contenders import CONTENDERS
+from benchmarks.quality import charts, conclusions, records
+from benchmarks.quality.plan import ORDERS, PRESETS
+from benchmarks.quality.records import METRICS, RunRecord
+from benchmarks.quality.summary import Board, Entry, Stat, boards
+from storage.artifacts import write_file
+
+GROWTH = "long"  # the stream that measures costs, not quality
+
+ABOUT = {
+    "clinc": "CLINC150, a domain an experience (Larson et al. 2019); the answer is the intent",
+    "changing": "CLINC150 again, but each experience also renames an intent of the domain before it: its "
+    "training questions come again word for word, with another answer",
+    "clbench": "Six text classification tasks (SST-2, AG News, QQP, Amazon reviews, COPA, CB), one a time",
+    "long": "Many small experiences of invented rows on a tiny base: what grows with their number",
+    "toy": "Invented rows on a tiny base, to try the benchmark itself",
+}
+_EXTRAS = {
+    "labels_accuracy": "accuracy among the labels",
+    "changed_accuracy": "changed: newest answer",
+    "stale_share": "changed: stale answer",
+    "unchanged_accuracy": "the others",
+}
+
+
+def update(page: Path, size: str, folder: Path = records.FOLDER) -> None:
+    """Rewrites the section `quality-<size>` of the page, and its pictures in `<page's folder>/pictures`."""
+    found = sorted(boards(records.all_of(size, folder)), key=_place)
+    pictures = {name: data for board in found for name, data in _pictures(size, board).items()}
+    (page.parent / "pictures").mkdir(parents=True, exist_ok=True)
+    for name, data in pictures.items():
+        write_file(page.parent / "pictures" / name, data)
+    tables.update_page(page, f"quality-{size}", section(size, found))
+
+
+def section(size: str, found: Sequence[Board]) -> str:
+    parts = [f"Size `{size}`: {PRESETS[size].about}.", "", *_who(found)]
+    for board in found:
+        parts += ["", f"### {board.stream}, order {board.order} (size {size})", "", *_board(size, board)]
+    return "\n".join(parts) + "\n"
+
+
+def _board(size: str, board: Board) -> list[str]:
+    runs = [run for entry in board.measured for run in entry.runs]
+    told = [f"{ABOUT.get(board.stream, board.stream)}. {_how(runs)}"] if runs else []
+    if board.stream == GROWTH:
+        return [*told, "", *_growth(board), *_shown(size, board)]
+    table = [_head(board), *(_line(entry, board) for entry in board.entries)]
+    return [*told, "", *table, "", *conclusions.lines(board), *_shown(size, board)]
+
+
+def _how(runs: Sequence[RunRecord]) -> str:
+    """Sizes, settings, hardware, command: what another machine needs to measure the same."""
+    plan, sizes = runs[0].plan, runs[0].plan.sizes
+    training = runs[0].settings["train"]
+    days = sorted({run.date for run in runs})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    data = {"clinc": " --clinc DIR", "changing": " --clinc DIR", "clbench": " --clbench DIR"}
+    return (
+        f"{sizes['domains']} experiences of at most {sizes['rows']} training rows, "
+        f"{training['epochs']} epochs, batches of {training['batch_size']}, "
+        f"{sizes['suite']} suite rows a task; base `{plan.base}`; "
+        f"measured {when} on {', '.join(sorted({run.hardware for run in runs}))}, one thread a run.\n\n"
+        f"```\npython -m benchmarks.quality --size {plan.size} --streams {plan.stream} --orders {plan.order}"
+        f"{data.get(plan.stream, '')}\n```"
+    )
+
+
+def _who(found: Sequence[Board]) -> list[str]:
+    names = list(dict.fromkeys(entry.name for board in found for entry in board.entries))
+    return [f"- `{name}`: {CONTENDERS[name].about}." for name in CONTENDERS if name in names]
+
+
+def _extras(board: Board) -> list[str]:
+    return [name for name in _EXTRAS if any(entry.extra(name) for entry in board.measured)]
+
+
+def _head(board: Board) -> str:
+    names = ["contender", *(name.replace("_", " ") for name in METRICS)]
+    names += [*(_EXTRAS[name] for name in _extras(board)), "time x naive", "memory rows", "state", "seeds"]
+    return f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
+
+
+def _line(entry: Entry, board: Board) -> str:
+    if not entry.runs:
+        return f"| `{entry.name}` | did not run: {_one_line(entry.failed)} |"
+    cells = [_cell(entry.metric(name)) for name in METRICS]
+    if any(run.plan.joint for run in entry.runs):  # one experience: nothing to forget or to transfer
+        cells = [cells[0], *("" for _ in cells[1:])]
+    cells += [_cell(entry.extra(name)) for name in _extras(board)]
+    cells.append(entry.time.told(digits=2) if entry.time else "")
+    cells.append(f"{entry.memory_rows:.0f} ({entry.memory_share:.1%})" if entry.memory_rows else "0")
+    cells += [f"{entry.state_bytes / 1e6:.2f} MB", str(len(entry.runs))]
+    return f"| `{entry.name}` | {' | '.join(cells)} |"
+
+
+def _growth(board: Board) -> list[str]:
+    head = ["contender", "cost", "first experiences", "last experiences", "slope an experience"]
+    return [
+        f"| {' | '.join(head)} |",
+        "|---" * len(head) + "|",
+        *(line for entry in board.measured for line in conclusions.flat(entry)),
+    ]
+
+
+def _pictures(size: str, board: Board) -> Mapping[str, bytes]:
+    if not board.measured:
+        return {}
+    stem = f"quality-{size}-{board.stream}-{board.order}"
+    if board.stream == GROWTH:
+        return {f"{stem}-costs.svg": charts.svg(charts.flatness(board.measured))}
+    return {
+        f"{stem}-curve.svg": charts.svg(charts.curves(board)),
+        f"{stem}-time.svg": charts.svg(charts.time_against_accuracy(board)),
+    }
+
+
+def _shown(size: str, board: Board) -> list[str]:
+    stem = f"pictures/quality-{size}-{board.stream}-{board.order}"
+    if not board.measured:
+        return []
+    if board.stream == GROWTH:
+        return ["", f"![costs over the experiences]({stem}-costs.svg)"]
+    return ["", f"![average accuracy so far]({stem}-curve.svg)", "", f"![time and accuracy]({stem}-time.svg)"]
+
+
+def _cell(found: Stat | None) -> str:
+    return found.told(100) if found else ""
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")[:300]
+
+
+def _place(board: Board) -> tuple[int, int]:
+    return list(ABOUT).index(board.stream), ORDERS[board.stream].index(board.order)
