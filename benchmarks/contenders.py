@@ -49,4 +49,18 @@ _ALL = (
     ),
 )
 
-CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in _ALL}
+# Not Holdfast: run on one stream, with one seed, unless they are asked for.
+_STOCK = (
+    Contender(name="stock-peft", about="a plain loop with PEFT as its documentation shows", stock="peft"),
+    *(
+        Contender(name=f"avalanche-{name}", about=about, stock="avalanche")
+        for name, about in (
+            ("example", "Avalanche's example for Hugging Face models as it stands"),
+            ("naive", "the example with two corrections, without its replay"),
+            ("replay", "the same with Avalanche's replay plugin and 200 rows, as in the example"),
+            ("ewc", "the same with Avalanche's EWC plugin"),
+        )
+    ),
+)
+
+CONTENDERS: dict[str, Contender] = {contender.name: contender for contender in (*_ALL, *_STOCK)}

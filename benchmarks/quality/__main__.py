@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.contenders import CONTENDERS
 from benchmarks.quality import pages, plan, records, synthetic, work
+from benchmarks.quality.learning import Work
 from benchmarks.quality.plan import ORDERS, PRESETS, TINY, Choice, Places, Plan
-from benchmarks.quality.run import Work
 from benchmarks.stream import end_on_sigterm, parse_change
 from storage.errors import HoldfastError
 from strategies.base import prepare

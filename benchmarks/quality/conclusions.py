@@ -106,8 +106,8 @@ def _changed(board: Board) -> str:
         _points(_extra(best, name)) for name in ("changed_accuracy", "stale_share", "unchanged_accuracy")
     )
     return (
-        f"Renamed answers: `{best.name}` gives the newest to {newest} % of the changed questions and the stale "
-        f"one to {stale} %, and is right on {rest} % of the others."
+        f"Renamed answers: `{best.name}` gives the newest to {newest} % of the changed questions and the "
+        f"stale one to {stale} %, and is right on {rest} % of the others."
     )
 
 

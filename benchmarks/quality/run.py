@@ -12,16 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from benchmarks import stock_avalanche, stock_peft
 from benchmarks.quality import records
 from benchmarks.quality.changes import renamed_answers
-from benchmarks.quality.plan import Places, Plan
+from benchmarks.quality.learning import Learns, ShouldStop, Trained, Work, asked, holdfast
 from benchmarks.quality.records import Lesson, RunRecord
 from benchmarks.quality.streams import Stream, free_task, labels_task, stored
 from benchmarks.stream import hardware
@@ -30,55 +31,17 @@ from storage.artifacts import write_file
 from storage.errors import Interrupted, TrainingError
 from storage.parquet import write_rows
 from storage.records import StoredRow
-from storage.rows import Row
-from storage.snapshots import Snapshot
 from strategies.contract import (
     EvaluateJob,
-    ModelSpec,
     Progress,
     SuiteJob,
     Task,
-    TrainJob,
-    TrainReport,
     result_files,
 )
 from strategies.evaluation import evaluate
-from strategies.loop import train
-from strategies.replay_memory import memory_hashes
 
-ShouldStop = Callable[[], bool]
+LEARNS: dict[str, Learns] = {"": holdfast, "peft": stock_peft.learn, "avalanche": stock_avalanche.learn}
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """A plan and where on this machine it is carried out."""
-
-    plan: Plan
-    model: ModelSpec
-    out: Path  # absolute; everything that may be deleted
-    places: Places
-    records: Path = records.FOLDER
-    keep: bool = False  # adapters and snapshots after the run
-
-    @property
-    def folder(self) -> Path:
-        return self.out / self.plan.size / self.plan.group / f"{self.plan.contender}-{self.plan.digest[:8]}"
-
-    @property
-    def shared(self) -> Path:
-        """What runs of all orders and contenders have in common: the base's answers."""
-        return self.out / self.plan.size / f"{self.plan.stream}-seed{self.plan.seed}-base"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """An experience has been learned: the adapter's folder, and the training's report."""
-
-    snapshot: Snapshot
-    result: Path
-    digest: str  # of the job that made it: a path alone does not tell one adapter from another
-    report: TrainReport
 
 
 def run(work: Work, should_stop: ShouldStop = lambda: False, say: Callable[[str], None] = print) -> RunRecord:
@@ -101,8 +64,8 @@ def _measure(work: Work, stream: Stream, should_stop: ShouldStop, say: Callable[
     base = base_scores(work, stream, should_stop)
     lessons: list[Lesson] = []
     answers: list[dict[str, Any]] = []
-    for number, trained in enumerate(_contender(work)(work, stream, should_stop)):
-        examined = [(trained.snapshot.suite_path(t), free_task(t)) for t in _asked(stream, number + 1)]
+    for number, trained in enumerate(LEARNS[work.plan.stock](work, stream, should_stop)):
+        examined = [(trained.snapshot.suite_path(t), free_task(t)) for t in asked(stream, number + 1)]
         job = _exam(work, work.folder / f"exam-{number + 1}", examined, trained)
         lesson, answers = _lesson(work, stream, number, trained, job, should_stop)
         lessons.append(lesson)
@@ -134,63 +97,6 @@ def _record(work: Work, **results: Any) -> RunRecord:
         date=date.today().isoformat(),
         **results,
     )
-
-
-# Learning.
-
-Learns = Callable[[Work, Stream, ShouldStop], Iterator[Trained]]
-
-
-def _contender(work: Work) -> Learns:
-    return _holdfast
-
-
-def _holdfast(work: Work, stream: Stream, should_stop: ShouldStop) -> Iterator[Trained]:
-    """Experience by experience through the worker's training stage, each from the one before."""
-    strategy, training, lora = work.plan.specs()
-    parent: Path | None = None
-    for number in range(len(stream.experiences)):
-        snapshot = write_snapshot(work, stream, number, parent)
-        out = work.folder / f"train-{number + 1}"
-        job = TrainJob(
-            snapshot=str(snapshot.path),
-            out=str(out),
-            work=str(work.folder / "checkpoint"),
-            parent=str(parent) if parent else None,
-            model=work.model,
-            lora=lora,
-            train=training,
-            strategy=strategy,
-        )
-        report = train(job, _silent, should_stop)
-        yield Trained(snapshot=snapshot, result=out, digest=job.digest, report=report)
-        parent = out
-
-
-def write_snapshot(work: Work, stream: Stream, number: int, parent: Path | None) -> Snapshot:
-    """Experience `number` (from 0) as the daemon would freeze it: of the past, what the parent remembers."""
-    remembered = set(memory_hashes(result_files(parent)["state"])) if parent else set()
-    experience = stream.experiences[number]
-    suites = {task: stream.suite(task, number + 1) for task in _asked(stream, number + 1)}
-    return snapshots.write(
-        work.folder / "snapshots",
-        train=list(map(stored, experience.train)),
-        validation=list(map(stored, experience.validation)),
-        memory=[stored(row) for row in stream.past(number) if row.hash in remembered],
-        suites={task: _frozen(rows) for task, rows in suites.items()},
-        tasks=[asdict(free_task(task)) for task in suites],
-        meta={"stream": stream.name, "order": stream.order, "experience": number + 1},
-    )
-
-
-def _frozen(rows: Sequence[Row]) -> snapshots.FrozenSuite:
-    kept = list(map(stored, rows))
-    return 1, snapshots.suite_hash(kept), kept
-
-
-def _asked(stream: Stream, after: int) -> list[str]:
-    """Tasks examined after `after` experiences: those learned, and the next, for forward transfer."""
-    return [t for t, n in zip(stream.tasks, stream.learned_at, strict=True) if n <= after + 1]
 
 
 # Examining.

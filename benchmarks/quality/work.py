@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 
 from benchmarks.quality import records
-from benchmarks.quality.run import Work, run
+from benchmarks.quality.learning import Work
+from benchmarks.quality.run import run
 from storage.errors import HoldfastError, Interrupted
 
 GRACE = 120.0  # seconds that a run has to keep its checkpoint
