@@ -1,6 +1,8 @@
 # make demo    set up, then the main job end to end on invented data (about 10 minutes on 2 cores)
 # make test    set up, then everything CI runs
 # make setup   the virtual environment alone        PYTHON=python3.12 picks another Python
+# make benchmark-quality-small   the quality benchmark on invented rows (minutes)
+# make benchmark-quality CLINC=DIR CLBENCH=DIR   the same on real data (hours); SIZE=wide|ten|full
 # make format  rewrite the code as the formatter wants it
 # make clean   remove caches, build leftovers and demo-state/ (not .venv/)
 
@@ -11,7 +13,11 @@ STAMP := $(VENV)/.set-up
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: setup demo test format clean
+SIZE ?= wide
+QUALITY := $(BIN)/python -m benchmarks.quality
+QUALITY_ARGS ?=
+
+.PHONY: setup demo test format clean benchmark-quality benchmark-quality-small
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -34,6 +40,14 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p storage -p strategies -p daemon -p benchmarks
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# An interrupted benchmark continues with the same command; what is recorded is not run again.
+benchmark-quality: setup
+	$(QUALITY) --size $(SIZE) $(if $(CLINC),--clinc $(CLINC)) $(if $(CLBENCH),--clbench $(CLBENCH)) \
+		--page docs/benchmarks.md $(QUALITY_ARGS)
+
+benchmark-quality-small: setup
+	$(QUALITY) --size small --records .bench/quality/records $(QUALITY_ARGS)
 
 format: setup
 	$(BIN)/ruff check --fix .

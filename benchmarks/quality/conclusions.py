@@ -19,11 +19,15 @@ def checks(entry: Entry, joint: Entry | None) -> dict[str, bool | None]:
     """The parts of the target; None where a number is missing."""
     forgets, time = entry.metric("forgetting"), entry.time
     return {
-        "near joint": joint.accuracy - entry.accuracy <= NEAR_JOINT if joint else None,
-        "forgets little": forgets.mean <= FORGETS if forgets else None,
-        "fast": time.mean <= TIME if time else None,
-        "small": entry.memory_share <= MEMORY,
+        "near joint": _within(joint.accuracy - entry.accuracy, NEAR_JOINT) if joint else None,
+        "forgets little": _within(forgets.mean, FORGETS) if forgets else None,
+        "fast": _within(time.mean, TIME) if time else None,
+        "small": _within(entry.memory_share, MEMORY),
     }
+
+
+def _within(value: float, limit: float) -> bool:
+    return round(value, 6) <= limit  # sums of decimals are off by a trifle
 
 
 def _bounds(board: Board) -> str:

@@ -62,7 +62,7 @@ def holdfast(work: Work, stream: Stream, should_stop: ShouldStop) -> Iterator[Tr
         job = TrainJob(
             snapshot=str(snapshot.path),
             out=str(out),
-            work=str(work.folder / "checkpoint"),
+            work=str(work.folder / f"checkpoint-{number + 1}"),  # of its own: a finished job clears it
             parent=str(parent) if parent else None,
             model=work.model,
             lora=lora,

@@ -145,11 +145,10 @@ PRESETS = {
         base=TINY,
         courses={
             "toy": Course(
-                sizes=Sizes(domains=3, rows=16, validation=4, suite=8),
+                sizes=Sizes(domains=3, rows=32, validation=4, suite=8),
                 seeds=2,
-                second=1,
-                train={**_TINY_TRAIN, "epochs": 12},
-                lora={"rank": 8, "alpha": 16},
+                train={**_TINY_TRAIN, "learning_rate": 0.005, "epochs": 25},
+                lora={"rank": 16, "alpha": 32},
             ),
             "long": replace(_LONG, sizes=Sizes(domains=6, rows=12, validation=4, suite=4)),
         },

@@ -6,6 +6,7 @@ where it stopped, in the middle of a training too. Working files lie in a folder
 
 import fcntl
 import hashlib
+import json
 import resource
 import shutil
 import sys
@@ -92,7 +93,7 @@ def _record(work: Work, **results: Any) -> RunRecord:
     return RunRecord(
         digest_of_plan=work.plan.digest,
         plan=work.plan,
-        settings=settings,
+        settings=json.loads(json.dumps(settings)),  # as it will be read back
         hardware=hardware(),
         date=date.today().isoformat(),
         **results,
@@ -227,5 +228,5 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def tidy_away(folder: Path) -> None:
     """Removes what a finished run needs no more; predictions and measurements stay."""
-    for path in [*folder.glob("train-*"), folder / "snapshots", folder / "checkpoint"]:
+    for path in [*folder.glob("train-*"), *folder.glob("checkpoint-*"), folder / "snapshots"]:
         shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,342 @@
+"""The quality benchmark: what its streams promise, runs that are interrupted, records, and pages."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.clinc_rows import Sizes
+from benchmarks.contenders import CONTENDERS
+from benchmarks.quality import clbench, clinc, pages, plan, records, synthetic, work
+from benchmarks.quality.learning import Work
+from benchmarks.quality.plan import Choice, Places, Plan
+from benchmarks.quality.records import RunRecord
+from benchmarks.quality.run import run
+from benchmarks.quality.streams import Stream, balanced
+from benchmarks.quality.summary import boards, growth
+from storage.errors import Interrupted
+from storage.rows import Row, Split
+from strategies.text import Prompter
+from tests.trainings import StopAfter
+
+SMALL = Sizes(domains=3, rows=12, validation=4, suite=4)
+
+
+@pytest.fixture(scope="module")
+def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy-base")
+    synthetic.tiny_base(folder)
+    return folder
+
+
+def one(name: str, **train: Any) -> Plan:
+    """A contender on three small experiences."""
+    choice = Choice(
+        size="small",
+        streams=["toy"],
+        orders=["given"],
+        seeds=[0],
+        contenders=[name],
+        train={"epochs": 2, **train},
+    )
+    (found,) = plan.plans(choice)
+    return replace(found, sizes={"domains": 3, "rows": 12, "validation": 4, "suite": 4})
+
+
+def task(base: Path, folder: Path, planned: Plan) -> Work:
+    return Work(
+        plan=planned,
+        model=synthetic.tiny_base(base),
+        out=folder / "out",
+        places=Places(),
+        records=folder / "records",
+    )
+
+
+def quiet(text: str) -> None:
+    """Says nothing."""
+
+
+# Streams.
+
+
+@pytest.mark.parametrize("order", ["given", "shuffled"])
+def test_no_question_is_in_two_splits(order: str) -> None:
+    stream = synthetic.toy(SMALL, order=order, seed=0)
+    where: dict[str, set[Split]] = {}
+    for experience in stream.experiences:
+        suites = [row for rows in experience.suites.values() for row in rows]
+        for row in [*experience.train, *experience.validation, *suites]:
+            assert row.split is not None
+            where.setdefault(row.question_key, set()).add(row.split)
+    assert all(len(splits) == 1 for splits in where.values())
+
+
+def test_a_question_of_a_suite_is_taken_out_of_every_training() -> None:
+    stream = synthetic.long(SMALL, order="given", seed=0)
+    first, *others = stream.experiences
+    leaked = replace(stream.experiences[2].suites["skill 2"][0], split=Split.TRAIN, task="skill 0")
+    dirty = replace(
+        stream, experiences=(replace(first, train=(*first.train, leaked, first.train[0])), *others)
+    )
+    assert dirty.tidy().experiences == stream.experiences
+
+
+def test_renamed_rows_are_the_same_questions_and_the_suite_expects_the_new_answer_from_then_on() -> None:
+    stream = synthetic.toy(SMALL, order="given", seed=0)
+    first, second, _ = stream.experiences
+    again = [row for row in second.train if row.task == "skill 0"]
+    old = {row.key: row for row in first.train}
+    assert again
+    assert all(old[row.key].question == row.question and old[row.key].answer != row.answer for row in again)
+    assert all(old[row.key].hash != row.hash for row in again)
+    before, after = stream.suite("skill 0", 1), stream.suite("skill 0", 2)
+    assert [row.key for row in before] == [row.key for row in after]
+    changed = [(a.answer, b.answer) for a, b in zip(before, after, strict=True) if a.answer != b.answer]
+    assert changed
+    assert all(stream.replaced["skill 0", new] == previous for previous, new in changed)
+    assert stream.suite("skill 0", 3) == after
+
+
+def test_an_answer_that_was_given_anew_is_no_longer_remembered() -> None:
+    stream = synthetic.toy(SMALL, order="given", seed=0)
+    renamed = {row.key for row in stream.experiences[1].train if row.task == "skill 0"}
+    assert not renamed & {row.key for row in stream.past(1)}
+    held = [row.answer for row in stream.past(2) if row.key in renamed]
+    assert held
+    assert all(answer.startswith("what was") for answer in held)
+    assert len({row.key for row in stream.rows_seen(3)}) == len(stream.rows_seen(3))
+
+
+def test_joint_training_learns_the_newest_answers_at_once() -> None:
+    stream = synthetic.toy(SMALL, order="given", seed=0)
+    union = stream.union()
+    assert len(union.experiences) == 1
+    assert set(union.experiences[0].train) == set(stream.rows_seen(3))
+    assert union.learned_at == [1, 1, 1]
+    assert union.suite("skill 0", 0) == stream.suite("skill 0", 3)
+
+
+def test_every_domain_of_the_table_has_one_intent_renamed() -> None:
+    rows = [Row(id="1", task="banking", question="stop my card", answer="freeze account", split=Split.TRAIN)]
+    (experience,) = clinc.of_domains("x", [rows], "given").experiences
+    assert clinc.new_name(experience) == ("freeze account", "lock my money")
+
+
+def test_orders_are_permutations_of_the_same_tasks() -> None:
+    given, shuffled = (synthetic.long(SMALL, order=order, seed=0) for order in ("given", "shuffled"))
+    assert sorted(given.tasks) == sorted(shuffled.tasks)
+    assert len({frozenset(order) for order in clbench.ORDERS.values()}) == 1
+
+
+def test_the_text_tasks_are_cut_by_class_and_their_validation_comes_from_training(tmp_path: Path) -> None:
+    lines = [
+        {"id": f"{t}-{s}-{n}", "task": t, "question": f"{t} {s} {n}", "answer": str(n % 3 == 0), "split": s}
+        for t in clbench.ORDERS["order4"]
+        for s in ("train", "test")
+        for n in range(60)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    stream = clbench.clbench(
+        tmp_path, Sizes(domains=6, rows=20, validation=3, suite=10), order="order4", seed=0
+    )
+    assert stream.tasks == list(clbench.ORDERS["order4"])
+    for experience in stream.experiences:
+        assert len(experience.train) == 20
+        assert sum(row.answer == "True" for row in experience.train) == 10
+        assert all("train" in row.id for row in experience.validation)
+
+
+def test_a_balanced_cut_does_not_depend_on_the_order_of_the_rows() -> None:
+    rows = list(synthetic.long(SMALL, order="given", seed=0).experiences[0].train)
+    assert balanced(rows, 5, 1) == balanced(rows[::-1], 5, 1)
+
+
+# Plans.
+
+
+def test_work_is_ordered_seed_by_seed_with_the_baselines_first() -> None:
+    found = plan.plans(Choice(size="wide"))
+    assert [p.seed for p in found] == sorted(p.seed for p in found)
+    assert [p.contender for p in found[:2]] == ["naive", "joint"]
+    assert len({p.name for p in found}) == len(found)
+
+
+def test_foreign_code_runs_once_unless_it_is_asked_for() -> None:
+    stock = [p for p in plan.plans(Choice(size="wide")) if p.stock]
+    assert {p.group for p in stock} == {"clinc-given-seed0"}
+    asked = plan.plans(Choice(size="wide", streams=["clbench"], contenders=["stock-peft"]))
+    assert {p.order for p in asked} == {"order4", "order6"}
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(plan.PlanError, match="replay"):
+        plan.plans(Choice(size="wide", contenders=["repaly"]))
+
+
+def test_the_digest_of_a_plan_survives_json() -> None:
+    planned = one("replay+ewc")
+    assert Plan.from_json(planned.to_json()).digest == planned.digest
+    assert Plan.from_json(planned.to_json()).specs() == planned.specs()
+
+
+# Runs.
+
+
+def test_an_interrupted_run_continues_to_the_same_record_and_is_not_made_again(
+    tmp_path: Path, toy_base: Path
+) -> None:
+    planned = one("replay")
+    whole = run(task(toy_base, tmp_path / "whole", planned), say=quiet)
+    broken = task(toy_base, tmp_path / "broken", planned)
+    stops = 0
+    while not records.place(planned, broken.records).exists():
+        try:
+            run(broken, StopAfter(14), quiet)
+        except Interrupted:
+            stops += 1
+        assert stops < 30
+    assert stops >= 3
+    resumed = run(broken, StopAfter(0), quiet)  # found, not run
+    assert resumed.matrix == whole.matrix
+    assert [lesson.memory_rows for lesson in resumed.lessons] == [12, 24, 36]  # without corrected rows
+    assert [lesson.rows_seen for lesson in resumed.lessons] == [12, 24, 36]
+    assert not list(broken.folder.glob("train-*"))
+    assert list(broken.folder.glob("exam-*/predictions.parquet"))
+
+
+def test_a_record_of_another_plan_does_not_count(tmp_path: Path, toy_base: Path) -> None:
+    made = run(task(toy_base, tmp_path, one("naive")), say=quiet)
+    assert records.find(one("naive"), tmp_path / "records") == made
+    assert records.find(one("naive", epochs=3), tmp_path / "records") is None
+
+
+def test_joint_is_one_training_and_its_exam_is_the_same(tmp_path: Path, toy_base: Path) -> None:
+    made = run(task(toy_base, tmp_path, one("joint")), say=quiet)
+    assert len(made.lessons) == 1
+    assert made.lessons[0].rows == 36
+    assert len(made.matrix) == 2
+    assert {"labels_accuracy", "changed_accuracy", "stale_share"} <= set(made.extras)
+
+
+def test_runs_side_by_side_leave_their_records(tmp_path: Path, toy_base: Path) -> None:
+    works = [task(toy_base, tmp_path, one(name, epochs=1)) for name in ("naive", "stock-peft")]
+    assert work.carry_out(works, jobs=2) == []
+    assert all(records.find(each.plan, each.records) for each in works)
+
+
+@pytest.mark.parametrize(("name", "runs"), [("avalanche-replay", True), ("avalanche-example", False)])
+def test_avalanche_beside_us_is_examined_or_leaves_its_exception(
+    name: str, runs: bool, tmp_path: Path, toy_base: Path
+) -> None:
+    made = run(task(toy_base, tmp_path, one(name, epochs=1)), say=quiet)
+    assert bool(made.lessons) is runs
+    assert ("TypeError" in made.failed) is not runs
+
+
+def test_foreign_code_gets_the_very_prompt_of_the_exam(toy_base: Path) -> None:
+    from benchmarks.stock_peft import encoded, load
+
+    _, tokenizer = load(str(toy_base))
+    row = synthetic.long(SMALL, order="given", seed=0).experiences[0].train[0]
+    found, prompter = encoded(tokenizer, row, 256), Prompter(tokenizer)
+    asked = prompter.prompt_ids(row.question)
+    assert found["input_ids"][: len(asked)] == asked
+    assert found["labels"].count(-100) == len(asked)
+
+
+# Pages.
+
+
+def told(name: str, accuracy: float, seconds: float, *, memory: int = 0, seed: int = 0) -> RunRecord:
+    """A record of two experiences, as if it had been run."""
+    planned = replace(one(name), seed=seed)
+    lesson = records.Lesson(
+        name="skill 0",
+        rows=100,
+        rows_seen=100,
+        replayed=0,
+        steps=10,
+        cpu_seconds=seconds / 2,
+        state_bytes=1000,
+        memory_rows=memory,
+        evaluation_seconds=0.1,
+        peak_rss=10**9,
+        scores={"skill 0": 1.0},
+    )
+    matrix = ((0.0, 0.0), (1.0, 0.0), (accuracy, 1.0))
+    return RunRecord(
+        digest_of_plan=planned.digest,
+        plan=planned,
+        tasks=("skill 0", "skill 1"),
+        learned_at=(1, 2),
+        matrix=matrix,
+        metrics=records.measured(matrix, (1, 2)),
+        lessons=(lesson, replace(lesson, rows_seen=200)),
+        settings={"train": {"epochs": 2, "batch_size": 4}},
+        hardware="2 cores",
+        date="2026-01-01",
+    )
+
+
+def test_a_page_is_made_from_records_alone(tmp_path: Path) -> None:
+    found = [
+        told("naive", 0.2, 100, seed=0),
+        told("naive", 0.4, 100, seed=1),
+        told("joint", 1.0, 90),
+        told("replay", 0.98, 140, memory=10),
+        told("replay+ewc", 0.9, 200, memory=100),
+        replace(
+            told("ewc", 0.0, 0), lessons=(), metrics={}, matrix=(), failed="ValueError: no | such\nthing"
+        ),
+    ]
+    for record in found:
+        records.save(record, tmp_path / "records")
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    page.write_text("# Benchmarks\n\nBy hand.\n")
+    pages.update(page, "small", tmp_path / "records")
+    text = page.read_text()
+    assert "By hand." in text
+    assert "| `naive` | 65.0 ± 7.1 | -70.0 ± 14.1 |" in text
+    assert "| 1.40 | 10 (5.0%) | 0.00 MB | 1 |" in text
+    assert r"did not run: ValueError: no \| such thing" in text
+    assert "Best is `replay` with 99.0, 1.0 points below joint training, in 1.40 x naive's time" in text
+    assert "is met by `replay`." in text
+    pictures = {path.name: path.read_bytes() for path in (page.parent / "pictures").iterdir()}
+    assert set(pictures) == {"quality-small-toy-given-curve.svg", "quality-small-toy-given-time.svg"}
+    pages.update(page, "small", tmp_path / "records")
+    assert page.read_text() == text
+    assert pictures == {path.name: path.read_bytes() for path in (page.parent / "pictures").iterdir()}
+
+
+def test_time_is_relative_to_naive_of_the_same_seed() -> None:
+    (board,) = boards(
+        [told("naive", 0, 100, seed=0), told("naive", 0, 50, seed=1), told("ewc", 0, 100, seed=1)]
+    )
+    entry = board.entry("ewc")
+    assert entry is not None
+    assert entry.time is not None
+    assert entry.time.mean == 2.0
+
+
+def test_a_cost_that_grows_has_a_slope_and_the_first_experience_does_not_count() -> None:
+    found = growth([100.0, *(10.0 + n for n in range(30))])
+    assert found.slope == pytest.approx(1.0)
+    assert found.first == pytest.approx(11.0)
+    assert growth([5.0] * 20).relative == pytest.approx(0.0)
+
+
+def test_every_contender_has_specs_that_exist() -> None:
+    for contender in CONTENDERS.values():
+        planned = one(contender.name)
+        assert planned.specs()[1].epochs == 2
+        assert "/" not in contender.name
+
+
+def test_streams_know_when_their_tasks_come() -> None:
+    stream: Stream = synthetic.toy(SMALL, order="given", seed=0)
+    assert stream.tasks == ["skill 0", "skill 1", "skill 2"]
+    assert stream.learned_at == [1, 2, 3]
