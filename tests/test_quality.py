@@ -221,10 +221,14 @@ def test_joint_is_one_training_and_its_exam_is_the_same(tmp_path: Path, toy_base
     assert {"labels_accuracy", "changed_accuracy", "stale_share"} <= set(made.extras)
 
 
-def test_runs_side_by_side_leave_their_records(tmp_path: Path, toy_base: Path) -> None:
+def test_runs_in_processes_of_their_own_leave_records_and_recorded_runs_are_left_out(
+    tmp_path: Path, toy_base: Path
+) -> None:
     works = [task(toy_base, tmp_path, one(name, epochs=1)) for name in ("naive", "stock-peft")]
+    run(works[0], say=quiet)
     assert work.carry_out(works, jobs=2) == []
     assert all(records.find(each.plan, each.records) for each in works)
+    assert not works[0].folder.joinpath("train-1").exists()
 
 
 @pytest.mark.parametrize(("name", "runs"), [("avalanche-replay", True), ("avalanche-example", False)])
