@@ -15,7 +15,7 @@ from benchmarks.quality.plan import Choice, Places, Plan
 from benchmarks.quality.records import RunRecord
 from benchmarks.quality.run import run
 from benchmarks.quality.streams import Stream, balanced
-from benchmarks.quality.summary import boards, growth
+from benchmarks.quality.summary import MixedRecords, boards, growth
 from storage.errors import Interrupted
 from storage.rows import Row, Split
 from strategies.text import Prompter
@@ -314,6 +314,13 @@ def test_a_page_is_made_from_records_alone(tmp_path: Path) -> None:
     pages.update(page, "small", tmp_path / "records")
     assert page.read_text() == text
     assert pictures == {path.name: path.read_bytes() for path in (page.parent / "pictures").iterdir()}
+
+
+def test_records_of_different_settings_are_not_put_into_one_table() -> None:
+    other = told("ewc", 0, 100)
+    mixed = [told("naive", 0, 100), replace(other, plan=replace(other.plan, sizes={"rows": 5}))]
+    with pytest.raises(MixedRecords, match="rows = 12"):
+        boards(mixed)
 
 
 def test_time_is_relative_to_naive_of_the_same_seed() -> None:

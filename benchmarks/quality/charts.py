@@ -58,7 +58,7 @@ def flatness(entries: Sequence[Entry]) -> Figure:
         for entry, values in zip(entries, lines, strict=True):
             axes.plot(range(1, len(values) + 1), values, label=entry.name, linewidth=1)
         axes.set(xlabel="experience", title=name)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * max(max(values) for values in lines) or 1)
     places[0].legend(fontsize=8)
     return figure
 

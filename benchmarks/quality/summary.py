@@ -3,11 +3,13 @@
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 
 from benchmarks.contenders import CONTENDERS
 from benchmarks.quality.records import RunRecord
+from storage.errors import HoldfastError
 
 NAIVE, JOINT = "naive", "joint"
 
@@ -102,7 +104,12 @@ class Board:
         return sorted(ours, key=lambda entry: -entry.accuracy)
 
 
+class MixedRecords(HoldfastError):
+    """Records of one size were made with different sizes or settings, and cannot stand in one table."""
+
+
 def boards(records: Iterable[RunRecord]) -> list[Board]:
+    """One for each stream and order. Raises `MixedRecords`."""
     groups: dict[tuple[str, str], list[RunRecord]] = {}
     for record in records:
         groups.setdefault((record.plan.stream, record.plan.order), []).append(record)
@@ -110,6 +117,27 @@ def boards(records: Iterable[RunRecord]) -> list[Board]:
         Board(stream=stream, order=order, entries=_entries(found))
         for (stream, order), found in groups.items()
     ]
+
+
+def _check_alike(found: Sequence[RunRecord]) -> None:
+    """All but a contender's own changes must be the same."""
+    first = _setup(found[0])
+    for record in found[1:]:
+        other = _setup(record)
+        for key in first.keys() & other.keys():
+            if first[key] != other[key]:
+                raise MixedRecords(
+                    f"{found[0].plan.name} was made with {key} = {first[key]}, {record.plan.name} with "
+                    f"{other[key]}; remove the record that is not wanted, and use another --records for trials"
+                )
+
+
+def _setup(record: RunRecord) -> dict[str, Any]:
+    plan = record.plan
+    contender = CONTENDERS.get(plan.contender)
+    own = {*contender.train, *contender.lora} if contender else set()
+    shared = {**plan.sizes, **plan.train, **plan.lora, "base": plan.base, "tokens": plan.max_new_tokens}
+    return {key: value for key, value in shared.items() if key not in own}
 
 
 def _entries(found: Sequence[RunRecord]) -> tuple[Entry, ...]:
