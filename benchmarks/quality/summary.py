@@ -113,6 +113,8 @@ def boards(records: Iterable[RunRecord]) -> list[Board]:
     groups: dict[tuple[str, str], list[RunRecord]] = {}
     for record in records:
         groups.setdefault((record.plan.stream, record.plan.order), []).append(record)
+    for found in groups.values():
+        _check_alike(found)
     return [
         Board(stream=stream, order=order, entries=_entries(found))
         for (stream, order), found in groups.items()
@@ -128,7 +130,7 @@ def _check_alike(found: Sequence[RunRecord]) -> None:
             if first[key] != other[key]:
                 raise MixedRecords(
                     f"{found[0].plan.name} was made with {key} = {first[key]}, {record.plan.name} with "
-                    f"{other[key]}; remove the record that is not wanted, and use another --records for trials"
+                    f"{other[key]}; remove the record that is not wanted; trials have --records"
                 )
 
 
