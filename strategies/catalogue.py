@@ -1,32 +1,30 @@
-"""The methods by name. To add one: write its file as an Avalanche plugin, and name it here.
+"""The methods by name. To add one: write its file as a `Method`, and name it here and in `combinations`."""
 
-A method hooks into `strategies.loop.Learner` through Avalanche's callbacks; the loop knows none of them.
-"""
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol
-
+from strategies.agem import AGem
 from strategies.contract import StrategySpec
+from strategies.der import Der
 from strategies.ewc import Ewc
+from strategies.joint import Joint
+from strategies.lwf import Lwf
+from strategies.merge import Merge
+from strategies.method import Method
+from strategies.olora import OLora
 from strategies.replay import Replay
+from strategies.si import Si
 
-
-class Method(Protocol):
-    """What the loop asks of a method, besides being a plugin."""
-
-    file: str  # its part of the continual state
-    notes: list[str]  # what people should know, for the report
-
-    def load(self, state: Path) -> None:
-        """Takes up `file` from a parent's state directory; without it, starts fresh."""
-
-    def save(self, state: Path) -> None: ...
-
-
-# Each is made from the strategy's settings and the seed.
-METHODS: dict[str, Callable[[StrategySpec, int], Method]] = {"replay": Replay, "ewc": Ewc}
+# In the order of their callbacks: what changes the final adapter comes before what remembers it.
+METHODS: dict[str, type[Method]] = {
+    "merge": Merge,
+    "joint": Joint,
+    "replay": Replay,
+    "agem": AGem,
+    "lwf": Lwf,
+    "der": Der,
+    "ewc": Ewc,
+    "si": Si,
+    "olora": OLora,
+}
 
 
 def build(spec: StrategySpec, seed: int) -> list[Method]:
-    return [METHODS[name](spec, seed) for name in spec.methods]
+    return [METHODS[name](spec, seed) for name in METHODS if name in spec.methods]

@@ -1,23 +1,67 @@
 """Which past rows are remembered, and which of them an epoch rehearses.
 
-Free of torch: the daemon asks here whose texts a snapshot must carry. The memory is row hashes only;
-every choice is a pure function of hashes and a seed, so that it does not matter in how many processes,
-or in which order, the rows were seen.
+Free of torch: the daemon asks here whose texts a snapshot must carry. The memory is row hashes and a few
+numbers; every choice is a pure function of these and a seed, so that it does not matter in how many
+processes, or in which order, the rows were seen. The choices themselves: `strategies.replay_policies`.
 """
 
 import hashlib
 import json
-from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from storage.errors import IntegrityError
 
 FILE = "replay.json"
-FORMAT = 1
+FORMAT = 2
 
-Tasks = Mapping[str, tuple[str, ...]]  # task → row hashes
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What is known of one remembered row. Losses are in nats per answer token; None: not measured."""
+
+    answer: str = ""  # a key: rows with the same answer have the same
+    learned: float | None = None  # loss when the row was learned
+    latest: float | None = None  # loss after the last experience
+
+    @property
+    def rise(self) -> float:
+        """How much the row was forgotten since it was learned."""
+        if self.learned is None or self.latest is None:
+            return 0.0
+        return self.latest - self.learned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spacing:
+    """When a task is rehearsed again, in experiences: every `interval`, next in `wait`."""
+
+    interval: int = 1
+    wait: int = 1
+
+
+Tasks = Mapping[str, Mapping[str, Trace]]  # task → row hash → trace, rows in the order of the draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """A row of an experience, as the memory takes it in."""
+
+    hash: str
+    task: str
+    answer: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """How much may be remembered: at most `rows`, and at most `share` of all rows seen so far."""
+
+    rows: int
+    share: float = 1.0
+
+    def of(self, seen: int) -> int:
+        return min(self.rows, int(self.share * seen))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +72,9 @@ class Memory:
     """
 
     seed: int
+    seen: int = 0  # rows of all experiences together
     tasks: Tasks = field(default_factory=dict)
+    spacing: Mapping[str, Spacing] = field(default_factory=dict)
 
     @property
     def hashes(self) -> list[str]:
@@ -39,76 +85,38 @@ class Memory:
 
     def only(self, known: Collection[str]) -> "Memory":
         """Without rows that exist no more."""
-        return self._with((row, task) for task, rows in self.tasks.items() for row in rows if row in known)
+        left = {
+            task: {row: trace for row, trace in rows.items() if row in known}
+            for task, rows in self.tasks.items()
+        }
+        return replace(self, tasks={task: rows for task, rows in left.items() if rows})
 
-    def updated(self, rows: Iterable[tuple[str, str]], *, size: int, policy: str) -> "Memory":
-        """The memory after an experience of (hash, task) rows, cut to `size` by `policy`."""
-        grown = self._with([*rows, *((row, task) for task, kept in self.tasks.items() for row in kept)])
-        return replace(grown, tasks=POLICIES[policy](grown.tasks, size, self.seed))
+    def with_rows(self, rows: Iterable[Seen]) -> "Memory":
+        """With all rows of an experience. A row that was remembered already keeps its trace."""
+        rows = list(rows)
+        tasks = {task: dict(kept) for task, kept in self.tasks.items()}
+        for row in rows:
+            tasks.setdefault(row.task, {}).setdefault(row.hash, Trace(answer=row.answer))
+        ordered = {
+            task: {row: found[row] for row in sorted(found, key=lambda row: (priority(self.seed, row), row))}
+            for task, found in sorted(tasks.items())
+        }
+        return replace(self, tasks=ordered, seen=self.seen + len(rows))
 
-    def rehearse(self, count: int, *, seed: int, epoch: int) -> list[str]:
-        """The rows that an epoch draws: as equally from all tasks as they allow.
-
-        Each task's rows form an endless stream: all of them in one order, then in another, and so on; an
-        epoch continues where the one before it ended.
-        """
-        drawn = []
-        for task, rows in sorted(self.tasks.items()):
-            start = sum(self._quotas(count, past)[task] for past in range(epoch))
-            stop = start + self._quotas(count, epoch)[task]
-            drawn += _stream(rows, start, stop, f"{seed}/{task}")
-        return drawn
-
-    def _quotas(self, count: int, epoch: int) -> dict[str, int]:
-        """Rows of each task in an epoch. Nothing comes twice before everything came once."""
-        rounds, rest = divmod(count, len(self))
-        sizes = {task: len(rows) for task, rows in self.tasks.items()}
-        shares = share_out(rest, sizes, turn=epoch)
-        return {task: rounds * size + shares[task] for task, size in sizes.items()}
-
-    def _with(self, rows: Iterable[tuple[str, str]]) -> "Memory":
-        tasks: dict[str, set[str]] = {}
-        for row, task in rows:
-            tasks.setdefault(task, set()).add(row)
-        ordered = {task: tuple(sorted(found, key=_by(self.seed))) for task, found in sorted(tasks.items())}
-        return replace(self, tasks=ordered)
-
-
-def balanced(tasks: Tasks, size: int, seed: int) -> Tasks:
-    """Equal room for every task; what a small task leaves free goes to the others."""
-    room = share_out(size, {task: len(rows) for task, rows in tasks.items()})
-    return {task: rows[: room[task]] for task, rows in tasks.items() if room[task]}
-
-
-def reservoir(tasks: Tasks, size: int, seed: int) -> Tasks:
-    """A uniform sample of all rows ever seen (Vitter 1985, algorithm R).
-
-    R keeps each of the n rows so far with probability size / n. So does keeping the `size` smallest of
-    n independent random priorities; and with priorities made from hashes, order does not matter.
-    """
-    everything = sorted((row for rows in tasks.values() for row in rows), key=_by(seed))
-    kept = set(everything[:size])
-    left = {task: tuple(row for row in rows if row in kept) for task, rows in tasks.items()}
-    return {task: rows for task, rows in left.items() if rows}
-
-
-POLICIES: dict[str, Callable[[Tasks, int, int], Tasks]] = {"balanced": balanced, "reservoir": reservoir}
-
-
-def share_out(room: int, wants: Mapping[str, int], turn: int = 0) -> dict[str, int]:
-    """Divides room equally; who wants less than an equal share leaves the rest to the others.
-
-    Room that cannot be divided equally goes to some, one each; `turn` moves on who they are.
-    """
-    level = (
-        bisect_right(range(room + 1), room, key=lambda n: sum(min(n, want) for want in wants.values())) - 1
-    )
-    given = {name: min(level, want) for name, want in wants.items()}
-    rest = room - sum(given.values())
-    hungry = [name for name in sorted(wants) if wants[name] > level]
-    for n in range(min(rest, len(hungry))):
-        given[hungry[(turn * rest + n) % len(hungry)]] += 1
-    return given
+    def measured(self, losses: Mapping[str, float]) -> "Memory":
+        """With the losses (nats per answer token, by row hash) after an experience."""
+        tasks = {
+            task: {
+                row: replace(
+                    trace,
+                    latest=losses.get(row, trace.latest),
+                    learned=losses.get(row) if trace.learned is None else trace.learned,
+                )
+                for row, trace in rows.items()
+            }
+            for task, rows in self.tasks.items()
+        }
+        return replace(self, tasks=tasks)
 
 
 def priority(seed: int | str, row: str) -> str:
@@ -122,24 +130,34 @@ def load(state_dir: Path) -> Memory | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            raise ValueError(f"format {values['format']}, known is {FORMAT}")
-        tasks = {str(task): tuple(map(str, rows)) for task, rows in values["tasks"].items()}
-        return Memory(seed=int(values["seed"]), tasks=tasks)
+        return _read(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(
             f"the replay memory {path} cannot be read ({error}); run `daemon doctor`"
         ) from None
 
 
+def _read(values: dict[str, object]) -> Memory:
+    """Format 1 had hashes alone: nothing is known of their answers and losses, and of rows that had left."""
+    tasks, spacing = values["tasks"], values.get("spacing", {})
+    assert isinstance(tasks, dict) and isinstance(spacing, dict)
+    if values["format"] == 1:
+        tasks = {task: dict.fromkeys(rows, {}) for task, rows in tasks.items()}
+        values = {**values, "seen": sum(len(rows) for rows in tasks.values())}
+    elif values["format"] != FORMAT:
+        raise ValueError(f"format {values['format']}, known are 1 and {FORMAT}")
+    return Memory(
+        seed=int(str(values["seed"])),
+        seen=int(str(values["seen"])),
+        tasks={str(t): {str(row): Trace(**trace) for row, trace in rows.items()} for t, rows in tasks.items()},
+        spacing={str(task): Spacing(**each) for task, each in spacing.items()},
+    )
+
+
 def save(memory: Memory, state_dir: Path) -> None:
-    values = {
-        "format": FORMAT,
-        "seed": memory.seed,
-        "tasks": {task: list(r) for task, r in memory.tasks.items()},
-    }
-    text = json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False)
+    values = {"format": FORMAT, **asdict(memory)}
+    # Rows stay in the order of the draw, so keys are not sorted; every mapping is built in a fixed order.
+    text = json.dumps(values, indent=1, ensure_ascii=False)
     (Path(state_dir) / FILE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -147,15 +165,3 @@ def memory_hashes(state_dir: Path) -> list[str]:
     """The remembered rows of a training result: those that the next snapshot must carry."""
     memory = load(Path(state_dir))
     return memory.hashes if memory else []
-
-
-def _by(seed: int | str) -> Callable[[str], tuple[str, str]]:
-    return lambda row: (priority(seed, row), row)
-
-
-def _stream(rows: tuple[str, ...], start: int, stop: int, seed: str) -> list[str]:
-    """Places `start` to `stop` of: all rows in one order, all rows in another order, and so on."""
-    turns = range(start // len(rows), (stop - 1) // len(rows) + 1)
-    ordered = [row for turn in turns for row in sorted(rows, key=_by(f"{seed}/{turn}"))]
-    skipped = turns.start * len(rows)
-    return ordered[start - skipped : stop - skipped]

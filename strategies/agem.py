@@ -1,0 +1,67 @@
+"""A-GEM: no step may raise the loss of remembered rows, to first order.
+
+    g̃ = g − (g·r / r·r) r   when g·r < 0
+
+with g the step's gradient and r that of some remembered rows (Chaudhry et al. 2019, arXiv 1812.00420,
+eq. 11). A second gradient in every step: the price of replay without its rehearsal.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strategies import replay_policies
+from strategies.batches import Example, collate, nll
+from strategies.model import trainable
+from strategies.replay import Rehearsal
+
+
+class AGem(Rehearsal):
+    """State: the memory of rows, as replay's."""
+
+    def before_update(self, strategy: Any, **kwargs: Any) -> None:
+        rows = self._rows(strategy, strategy.course.steps)
+        if not rows:
+            return
+        parameters = {n: p for n, p in trainable(strategy.model).items() if p.grad is not None}
+        reference = _gradient(strategy, rows, list(parameters.values()))
+        steps = [p.grad for p in parameters.values() if p.grad is not None]
+        for step, mine in zip(steps, project(steps, reference), strict=True):
+            step.copy_(mine)
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        used = {row.row_hash for step in range(strategy.course.steps) for row in self._rows(strategy, step)}
+        strategy.rehearsed |= used
+        super().after_training_exp(strategy, **kwargs)
+
+    def _rows(self, strategy: Any, step: int) -> list[Example]:
+        """A pure function of the step, so that a resumed training meets the same rows."""
+        count = max(1, round(self.spec.replay_ratio * strategy.spec.batch_size))
+        if not len(self.memory):
+            return []
+        drawn = replay_policies.draw_equally(self.memory, count, self.seed, step)
+        return [self.on_offer[row] for row in drawn]
+
+
+def project(gradient: list[Tensor], reference: list[Tensor]) -> list[Tensor]:
+    """The nearest gradient that does not point against the reference."""
+    along = _dot(gradient, reference)
+    if along >= 0:
+        return gradient
+    share = along / _dot(reference, reference)
+    return [g - share * r for g, r in zip(gradient, reference, strict=True)]
+
+
+def _dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+
+
+def _gradient(strategy: Any, rows: list[Example], parameters: list[Tensor]) -> list[Tensor]:
+    batch = collate(rows, strategy.base.prompter.pad_id).to(strategy.device)
+    with strategy.base.autocast():
+        loss, tokens = nll(strategy.model, batch)
+    found = torch.autograd.grad(loss / tokens, parameters, allow_unused=True)
+    return [
+        torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)
+    ]

@@ -1,0 +1,47 @@
+"""Which methods go together. Free of torch: the configuration is checked with it.
+
+Each rule has its reason, which is what the user is told.
+"""
+
+from collections.abc import Sequence
+
+METHODS = {  # name → what it does, in a few words
+    "joint": "everything again from the base: the upper bound, at the price of the whole past",
+    "replay": "rehearse remembered rows",
+    "der": "replay that also keeps how sure the model was of each remembered answer",
+    "agem": "never step against the gradient of remembered rows",
+    "lwf": "keep the champion's opinion of wrong answers",
+    "ewc": "hold what mattered to old answers",
+    "si": "hold what learned the old answers",
+    "olora": "a new, orthogonal adapter for each cycle, summed with the old ones",
+    "merge": "end between champion and candidate",
+}
+NAIVE = "naive"  # no method at all
+AUTO = "auto"  # chosen on validation rows
+
+_NEEDS = {"der": "replay"}
+_APART = (
+    ("replay", "agem", "both own the memory of rows; choose one"),
+    ("ewc", "si", "both hold the same parameters; choose one"),
+    ("olora", "ewc", "the adapter grows, and importances of the old shape do not fit it"),
+    ("olora", "si", "the adapter grows, and importances of the old shape do not fit it"),
+    ("olora", "merge", "the adapter grows, and cannot be averaged with a smaller one"),
+)
+
+
+def complaint(methods: Sequence[str]) -> str | None:
+    """What is wrong with a combination, or None."""
+    for name in methods:
+        if name not in METHODS:
+            return f"unknown method {name!r}; choose {NAIVE}, {AUTO}, or some of {', '.join(METHODS)}"
+    if len(set(methods)) != len(methods):
+        return "names a method twice"
+    if "joint" in methods and len(methods) > 1:
+        return "joint learns everything anew and needs no other method; let it stand alone"
+    for name, needed in _NEEDS.items():
+        if name in methods and needed not in methods:
+            return f"{name} works on remembered rows; add {needed}"
+    for one, other, why in _APART:
+        if one in methods and other in methods:
+            return f"{one} and {other} do not go together: {why}"
+    return None

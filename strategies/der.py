@@ -1,0 +1,88 @@
+"""Dark experience replay: remembered rows come with what the model thought of them when they were learned.
+
+    loss + α Σ T² KL(then ‖ now) over replayed rows
+
+Buzzega et al. 2020 (arXiv 2004.07211), DER++: replayed rows count with their labels and with their logits.
+The paper compares whole logits by their squares; of a language model's vocabulary only the likeliest tokens
+can be kept, so it is a divergence here (`strategies.distill`). The logits are those at the end of the
+experience, where the paper has those of the step.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from storage.errors import IntegrityError
+from strategies import distill
+from strategies.distill import Opinion
+from strategies.method import Method
+from strategies.replay import Rehearsal
+
+
+class Der(Method):
+    """State: an opinion for each remembered row. Works with `replay`, whose memory it follows."""
+
+    file = "der.safetensors"
+    opinions: dict[str, Opinion]
+
+    def load(self, state: Path) -> None:
+        super().load(state)
+        path = state / self.file
+        self.opinions = load(path) if path.exists() else {}
+
+    def save(self, state: Path) -> None:
+        if self._opinions:
+            save(self._opinions, state / self.file)
+
+    @property
+    def _opinions(self) -> dict[str, Opinion]:
+        return getattr(self, "opinions", {})
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        terms = [
+            distill.divergence(distill.own(strategy.mb_output[n], row), self._opinions[row.row_hash])
+            for n, row in enumerate(strategy.examples)
+            if row.replayed and row.row_hash in self._opinions
+        ]
+        if terms:
+            strategy.penalise(self.spec.der_weight * sum(terms) / strategy.step.answer_tokens)
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        """Replay has decided by now who is remembered."""
+        memory = next(plugin for plugin in strategy.plugins if isinstance(plugin, Rehearsal)).memory
+        kept = set(memory.hashes)
+        fresh = [row for row in strategy.experience.new if row.row_hash in kept]
+        told = distill.opinions(strategy, fresh, hide_answers=False)
+        self.opinions = {row: each for row, each in {**self._opinions, **told}.items() if row in kept}
+
+
+def save(opinions: dict[str, Opinion], path: Path) -> None:
+    rows = sorted(opinions)
+    tensors = {
+        "ids": torch.cat([opinions[row].ids for row in rows]),
+        "logprobs": torch.cat([opinions[row].logprobs for row in rows]),
+    }
+    told = [[row, len(opinions[row].ids)] for row in rows]  # hash, answer tokens
+    save_file(tensors, path, metadata={"format": "1", "rows": json.dumps(told)})
+
+
+def load(path: Path) -> dict[str, Opinion]:
+    """Raises `IntegrityError` when the file is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            told = json.loads(file.metadata()["rows"])
+            ids, logprobs = file.get_tensor("ids"), file.get_tensor("logprobs")
+        lengths = [length for _, length in told]
+        if sum(lengths) != len(ids) or ids.shape != logprobs.shape:
+            raise ValueError("its parts do not fit together")
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise IntegrityError(f"{path} cannot be read ({error}); run `daemon doctor`") from None
+    parts: zip[tuple[list[Any], Tensor, Tensor]] = zip(
+        told, ids.split(lengths), logprobs.split(lengths), strict=True
+    )
+    return {row: Opinion(ids=i, logprobs=p) for (row, _), i, p in parts}

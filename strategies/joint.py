@@ -1,0 +1,21 @@
+"""Everything again, from the base: the upper bound that every method is measured against.
+
+Cumulative training, called joint or multi-task training in the literature. It forgets nothing and costs
+the whole past in every cycle; for a small bot that can be the right choice.
+"""
+
+from typing import Any
+
+from strategies.replay import Rehearsal, seen
+
+
+class Joint(Rehearsal):
+    """State: the hashes of all rows so far. The adapter starts fresh (`strategies.inheritance.adapter`)."""
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        super().before_training_exp(strategy, **kwargs)
+        everything = [self.on_offer[row] for row in self.memory.hashes]
+        strategy.dataloader.also(lambda epoch: everything)
+
+    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self.memory = self.memory.with_rows(seen(example) for example in strategy.experience.new)

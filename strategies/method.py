@@ -1,0 +1,41 @@
+"""What every method is: an Avalanche plugin with a state that is kept with the model it made.
+
+A method hooks into `strategies.loop.Learner` through Avalanche's callbacks; the loop knows none of them.
+`before_training_exp` always meets the parent's adapter, also when a training is resumed.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from avalanche.core import SupervisedPlugin
+from torch import Tensor
+
+from strategies.contract import StrategySpec
+
+
+class Method(SupervisedPlugin):
+    """One way to protect old skills. Subclasses say what they persist; without overrides, nothing."""
+
+    file: ClassVar[str] = ""  # its part of the continual state; "": it keeps none
+
+    def __init__(self, spec: StrategySpec, seed: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.seed = seed
+        self.continues = False  # whether there is a parent
+        self.notes: list[str] = []  # what people should know, for the report
+
+    def load(self, state: Path) -> None:
+        """Takes up `file` from a parent's state directory; without it, starts fresh."""
+        self.continues = True
+
+    def save(self, state: Path) -> None:
+        """Writes `file` into a result's state directory."""
+
+    def midway(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold besides adapter and optimiser, for `resume`."""
+        return {}
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes up what `midway` gave."""

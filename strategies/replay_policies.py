@@ -1,0 +1,173 @@
+"""How rows are kept in the memory and drawn from it. Pure functions, free of torch.
+
+`balanced` gives every task equal room, and within a task every answer; `reservoir` keeps a uniform sample
+of all rows ever seen; `hardest` and `spaced` keep as `balanced` does, and draw by what was forgotten.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from strategies.replay_memory import Memory, Room, Seen, Spacing, Tasks, Trace, priority
+
+MOST_HARD = Fraction(1, 2)  # of a draw: rows with wrong labels are the hardest of all
+FORGOTTEN = 0.1  # nats per answer token that a task's mean loss may rise before it counts as forgotten
+LONGEST_INTERVAL = 16  # experiences
+
+Draw = Callable[[Memory, int, int, int], list[str]]  # memory, count, seed, epoch → row hashes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    keep: Callable[[Tasks, int, int], Tasks]  # tasks, rows, seed → what stays
+    draw: Draw
+    measures: bool = False  # whether it needs the losses of remembered rows
+
+
+def after(memory: Memory, rows: list[Seen], room: Room, policy: str) -> Memory:
+    """The memory after an experience, cut to its room."""
+    grown = memory.with_rows(rows)
+    return replace(grown, tasks=POLICIES[policy].keep(grown.tasks, room.of(grown.seen), grown.seed))
+
+
+def balanced(tasks: Tasks, size: int, seed: int) -> Tasks:
+    """Equal room for every task, and in it for every answer; what one leaves free goes to the others."""
+    room = share_out(size, {task: len(rows) for task, rows in tasks.items()})
+    return {task: _equal_answers(rows, room[task]) for task, rows in tasks.items() if room[task]}
+
+
+def _equal_answers(rows: Mapping[str, Trace], size: int) -> Mapping[str, Trace]:
+    answers: dict[str, list[str]] = {}
+    for row, trace in rows.items():
+        answers.setdefault(trace.answer, []).append(row)
+    room = share_out(size, {answer: len(found) for answer, found in answers.items()})
+    kept = {row for answer, found in answers.items() for row in found[: room[answer]]}
+    return {row: trace for row, trace in rows.items() if row in kept}
+
+
+def reservoir(tasks: Tasks, size: int, seed: int) -> Tasks:
+    """A uniform sample of all rows ever seen (Vitter 1985, algorithm R).
+
+    R keeps each of the n rows so far with probability size / n. So does keeping the `size` smallest of
+    n independent random priorities; and with priorities made from hashes, order does not matter.
+    """
+    everything = sorted(
+        (row for rows in tasks.values() for row in rows), key=lambda row: (priority(seed, row), row)
+    )
+    kept = set(everything[:size])
+    left = {task: {row: t for row, t in rows.items() if row in kept} for task, rows in tasks.items()}
+    return {task: rows for task, rows in left.items() if rows}
+
+
+def draw_equally(memory: Memory, count: int, seed: int, epoch: int) -> list[str]:
+    """As equally from all tasks as they allow.
+
+    Each task's rows form an endless stream: all of them in one order, then in another, and so on; an
+    epoch continues where the one before it ended. Nothing comes twice before everything came once.
+    """
+    sizes = {task: len(rows) for task, rows in memory.tasks.items()}
+    drawn = []
+    for task, rows in sorted(memory.tasks.items()):
+        start = sum(_quotas(sizes, count, past)[task] for past in range(epoch))
+        stop = start + _quotas(sizes, count, epoch)[task]
+        drawn += _stream(list(rows), start, stop, f"{seed}/{task}")
+    return drawn
+
+
+def draw_uniformly(memory: Memory, count: int, seed: int, epoch: int) -> list[str]:
+    """Every row as often as every other, whatever its task."""
+    return _stream(memory.hashes, epoch * count, (epoch + 1) * count, str(seed)) if len(memory) else []
+
+
+def draw_hardest(memory: Memory, count: int, seed: int, epoch: int) -> list[str]:
+    """Half of the draw are the rows whose loss rose most since they were learned, the rest are drawn equally.
+
+    After the maximal interference of Aljundi et al. 2019 (arXiv 1908.04742), measured after each
+    experience instead of before each step, which costs one pass over the memory.
+    """
+    risen = sorted(
+        (row for rows in memory.tasks.values() for row, trace in rows.items() if trace.rise > 0),
+        key=lambda row: (-_trace(memory, row).rise, row),
+    )
+    hard = risen[: int(count * MOST_HARD)]
+    return hard + draw_equally(memory, count - len(hard), seed, epoch)
+
+
+def draw_due(memory: Memory, count: int, seed: int, epoch: int) -> list[str]:
+    """Only from tasks whose turn it is; see `respaced`."""
+    due = {task: rows for task, rows in memory.tasks.items() if _spacing(memory, task).wait <= 1}
+    wanted = Fraction(len(due), max(len(memory.tasks), 1)) * count  # what is not due costs no time
+    return draw_equally(replace(memory, tasks=due), round(wanted), seed, epoch) if due else []
+
+
+def respaced(memory: Memory) -> Memory:
+    """The turns after an experience, as Leitner's boxes have it (Amiri et al. 2017, "Repeat before
+    forgetting", EMNLP): a task that was rehearsed and retained waits twice as long, one whose mean loss
+    rose by more than `FORGOTTEN` is due next time.
+    """
+    spacing = {}
+    for task, rows in sorted(memory.tasks.items()):
+        now = _spacing(memory, task)
+        rise = sum(trace.rise for trace in rows.values()) / len(rows)
+        if rise > FORGOTTEN or task not in memory.spacing:
+            spacing[task] = Spacing()
+        elif now.wait > 1:
+            spacing[task] = replace(now, wait=now.wait - 1)
+        else:
+            longer = min(2 * now.interval, LONGEST_INTERVAL)
+            spacing[task] = Spacing(interval=longer, wait=longer)
+    return replace(memory, spacing=spacing)
+
+
+POLICIES: dict[str, Policy] = {
+    "balanced": Policy(keep=balanced, draw=draw_equally),
+    "reservoir": Policy(keep=reservoir, draw=draw_uniformly),
+    "hardest": Policy(keep=balanced, draw=draw_hardest, measures=True),
+    "spaced": Policy(keep=balanced, draw=draw_due, measures=True),
+}
+
+
+def share_out(room: int, wants: Mapping[str, int], turn: int = 0) -> dict[str, int]:
+    """Divides room equally; who wants less than an equal share leaves the rest to the others.
+
+    Room that cannot be divided equally goes to some, one each; `turn` moves on who they are.
+    """
+    level = (
+        bisect_right(range(room + 1), room, key=lambda n: sum(min(n, want) for want in wants.values())) - 1
+    )
+    given = {name: min(level, want) for name, want in wants.items()}
+    rest = room - sum(given.values())
+    hungry = [name for name in sorted(wants) if wants[name] > level]
+    for n in range(min(rest, len(hungry))):
+        given[hungry[(turn * rest + n) % len(hungry)]] += 1
+    return given
+
+
+def _quotas(sizes: Mapping[str, int], count: int, epoch: int) -> dict[str, int]:
+    """Rows of each task in an epoch."""
+    rounds, rest = divmod(count, sum(sizes.values()))
+    shares = share_out(rest, sizes, turn=epoch)
+    return {task: rounds * size + shares[task] for task, size in sizes.items()}
+
+
+def _stream(rows: list[str], start: int, stop: int, seed: str) -> list[str]:
+    """Places `start` to `stop` of: all rows in one order, all rows in another order, and so on."""
+    if stop <= start:
+        return []
+    turns = range(start // len(rows), (stop - 1) // len(rows) + 1)
+    ordered = [
+        row
+        for turn in turns
+        for row in sorted(rows, key=lambda row: (priority(f"{seed}/{turn}", row), row))
+    ]
+    skipped = turns.start * len(rows)
+    return ordered[start - skipped : stop - skipped]
+
+
+def _trace(memory: Memory, row: str) -> Trace:
+    return next(rows[row] for rows in memory.tasks.values() if row in rows)
+
+
+def _spacing(memory: Memory, task: str) -> Spacing:
+    return memory.spacing.get(task, Spacing())
