@@ -37,7 +37,7 @@ from storage.records import Candidate, Cycle, State
 from storage.registry import Registry
 from storage.snapshots import Snapshot
 from storage.store import Store
-from strategies.contract import PreparedBase, Progress, TrainJob, TrainReport, result_files
+from strategies.contract import PreparedBase, Progress, StrategySpec, TrainJob, TrainReport, result_files
 
 log = logging.getLogger(__name__)
 
@@ -216,22 +216,23 @@ class CycleRunner:
             verdict = gate.judge(evidence, gate.Thresholds.from_dict(meta["gate"]))
             log.info("%s", verdict.summary, extra=_action("judged", cycle))
             candidates[-1] = replace(candidates[-1], passed=verdict.passed, verdict=verdict.to_json())
-        strategy = examination.specs(snapshot.path).strategy
+        strategy = StrategySpec.from_dict(meta["strategy"])
         limits = rescue.Limits.of(snapshot)
-        attempt = rescue.following(candidates, verdict, limits, strategy, cycle.parent, self.clock())
+        now = self.clock()
+        attempt = rescue.following(candidates, verdict, limits, strategy, cycle.parent, now)
         if attempt is None:
-            return self._close(cycle, candidates, snapshot)
+            return self._close(cycle, candidates, snapshot, over=rescue.is_over(candidates, limits, now))
         why = f"attempt {candidates[-1].number} {_outcome(candidates[-1], verdict)}"
-        log.info("%s; next: %s", why, rescue.words(attempt, strategy), extra=_action("rescue", cycle))
+        log.info("%s; next: %s", why, rescue.words(attempt), extra=_action("rescue", cycle))
         return self.store.advance(
             cycle.id, State.SNAPSHOTTED, reason=why, candidates=[candidates[-1], attempt]
         )
 
-    def _close(self, cycle: Cycle, candidates: list[Candidate], snapshot: Snapshot) -> Cycle:
+    def _close(self, cycle: Cycle, candidates: list[Candidate], snapshot: Snapshot, *, over: bool) -> Cycle:
         """The verdict, the scores and the rehearsed rows of one and the same candidate become the cycle's."""
         chosen = rescue.concluded(candidates)
         assert chosen.verdict is not None
-        reason = rescue.summary(candidates, gate.summary_of(chosen.verdict))
+        reason = rescue.summary(candidates, gate.summary_of(chosen.verdict), over=over)
         report = TrainReport.from_json(result_files(self._result(chosen))["report"].read_text())
         log.info("%s", reason, extra=_action("decided", cycle))
         return self.store.advance(
@@ -279,6 +280,8 @@ class CycleRunner:
     def _candidate(self, cycle: Cycle, stop: Stop) -> tuple[Candidate, Stop]:
         """The one that is being made or examined, and the stop that this is done under."""
         candidates = self.store.candidates(cycle.id)
+        if len(candidates) == 1:  # the plain training has only the stage's own time limit
+            return candidates[0], stop
         limits = rescue.Limits.of(snapshots.load(self._snapshot_of(cycle)))
         return candidates[-1], rescue.within(candidates, limits, stop, self.clock)
 

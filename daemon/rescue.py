@@ -8,6 +8,7 @@ the next attempt, and several candidates sit one exam: that is why attempts are 
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -81,16 +82,18 @@ def following(
         if verdict is not None and verdict.passed:
             return None
         assert last.source is not None
-        stronger = strengthened(strategy_of(candidates[last.source - 1], strategy))
-        return _next(last, Kind.PROTECT, last.source, now, stronger) if stronger else None
+        before = strategy_of(candidates[last.source - 1], strategy)
+        stronger = strengthened(before)
+        if stronger is None:
+            return None
+        protect = _next(last, Kind.PROTECT, last.source, now)
+        return replace(protect, strategy=stronger.to_json(), change=changes(before, stronger))
     if verdict is None or not gate.worth_rescuing(verdict):
         return None
     return _next(last, Kind.BLEND, last.number, now)
 
 
-def _next(
-    last: Candidate, kind: Kind, source: int, now: datetime, strategy: StrategySpec | None = None
-) -> Candidate:
+def _next(last: Candidate, kind: Kind, source: int, now: datetime) -> Candidate:
     number = last.number + 1
     return Candidate(
         cycle_id=last.cycle_id,
@@ -98,7 +101,7 @@ def _next(
         kind=kind,
         source=source,
         result=f"cycles/{last.cycle_id}/rescue-{number}/train",
-        strategy=strategy.to_json() if strategy else None,
+        strategy=None,
         created_at=now,
     )
 
@@ -121,33 +124,30 @@ def is_over(candidates: Sequence[Candidate], limits: Limits, now: datetime) -> b
 def within(
     candidates: Sequence[Candidate], limits: Limits, stop: Stop, clock: Callable[[], datetime]
 ) -> Stop:
-    """The stop that an attempt works under; the plain training has only the stage's own time limit."""
-    if len(candidates) < 2:
-        return stop
+    """The stop that an attempt works under: it comes by itself when the time for rescuing is over."""
     why = f"the time for rescuing was over (rescue.minutes = {limits.minutes})"
     return Until(stop, lambda: is_over(candidates, limits, clock()), why)
 
 
-def summary(candidates: Sequence[Candidate], verdict_summary: str) -> str:
-    """The cycle's reason: the concluded candidate's verdict, and what was tried."""
+def summary(candidates: Sequence[Candidate], verdict_summary: str, *, over: bool = False) -> str:
+    """The cycle's reason: the concluded candidate's verdict, what was tried, and whether time ended it."""
     attempts = candidates[1:]
     if not attempts:
         return verdict_summary
     if candidates[-1].passed:
         return f"{verdict_summary}; rescued by attempt {candidates[-1].number}: {words(candidates[-1])}"
     tried = ", then ".join(words(candidate) for candidate in attempts)
-    return f"{verdict_summary}; tried to rescue it in vain: {tried}"
+    ended = "; then the time for rescuing was over" if over else ""
+    return f"{verdict_summary}; tried to rescue it in vain: {tried}{ended}"
 
 
-def words(candidate: Candidate, strategy: StrategySpec | None = None) -> str:
-    """How the candidate was made, in a few words; `strategy` is that of its source, to tell the change."""
+def words(candidate: Candidate) -> str:
+    """How the candidate was made, in a few words."""
     if candidate.kind == Kind.BLEND:
         share = f"{candidate.share * 100:.0f} % of the way" if candidate.share is not None else "blends"
         return f"{share} from the champion to attempt {candidate.source}"
     if candidate.kind == Kind.PROTECT:
-        assert candidate.strategy is not None
-        told = f" ({changes(strategy, StrategySpec.from_json(candidate.strategy))})" if strategy else ""
-        return f"trained again with more protection{told}"
+        return f"trained again with more protection ({candidate.change})"
     return "plain training"
 
 
@@ -221,11 +221,10 @@ def _curve(
     if session.job.plan:
         executor.evaluate(session.job, on_progress, stop)
     examination.keep(store, session)
+    asked = Counter(row.task for row in snapshot.rows("probe"))
     return tradeoff.Curve(
         new_tasks=tuple(snapshot.info["meta"]["new_tasks"]),
-        rows={
-            exam.task.name: len(store.predictions(session.models["1"], exam.key)) for exam in session.exams
-        },
+        rows={exam.task.name: asked[exam.task.name] for exam in session.exams},
         points=tuple(
             tradeoff.Point(share=float(label), scores=examination.means(store, session, label))
             for label in labels
@@ -244,9 +243,7 @@ def _settle(result: Path, job: BlendJob, choice: tradeoff.Choice) -> None:
         return
     source = result_files(job.candidate)
     told = TrainReport.from_json(source["report"].read_text(encoding="utf-8"))
-    note = (
-        f"blended: {choice.share:g} of the way from the champion's adapter to the trained one; {choice.why}"
-    )
+    note = f"blended: {choice.share:g} of the way from the champion to the trained adapter; {choice.why}"
     with artifacts.atomic_dir(result, {"job": made_of}) as folder:
         parts = result_files(folder)
         shutil.copytree(blended(job.out, choice.share), parts["adapter"])

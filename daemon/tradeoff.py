@@ -80,9 +80,9 @@ class Choice(Record):
 def choose(curve: Curve, max_drop: float) -> Choice:
     """The blend that knows most of the new tasks among those that lose at most `max_drop` on every task.
 
-    Ties go to the larger share. When every blend loses more, the one that loses least, for its suite
-    rows may be kinder than its validation rows; but only blends that know more of the new tasks than the
-    champion, unless there is nothing left to learn, are worth an exam at all.
+    Ties go to the larger share. When every blend loses more, the one that loses least, if that is less
+    than what the candidate loses: suite rows may be kinder than validation rows. A blend that knows no more
+    of the new tasks than the champion is not worth an exam, unless there was nothing left to learn.
     """
     learned = {point.share: new for point in curve.between if (new := curve.new(point)) is not None}
     before = curve.new(curve.champion)
@@ -96,6 +96,10 @@ def choose(curve: Curve, max_drop: float) -> Choice:
         best = max(kept, key=lambda p: (round(learned[p.share], 9), p.share))
     else:
         best = max(useful, key=lambda p: (round(curve.worst(p)[1], 9), p.share))
+        if curve.worst(best)[1] <= curve.worst(curve.points[0])[1] + _ROUNDING:
+            return Choice(
+                share=None, why="no blend helps: those that learned forgot as much as the candidate"
+            )
     task, change = curve.worst(best)
     told = (
         f"on validation rows {learned[best.share] * 100:.1f} on the new tasks (champion {before * 100:.1f}), "

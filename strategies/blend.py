@@ -21,7 +21,7 @@ from strategies.contract import BlendJob, Progress, blended, result_files
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # What decides which update the factors stand for; with other values they cannot be averaged.
-_SHAPE = ("peft_type", "r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
+_SHAPE: tuple[str, ...] = ("peft_type", "r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
 _SHAPE += ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias", "modules_to_save")
 
 

@@ -210,7 +210,7 @@ def test_a_snapshot_is_read_back_whole(tmp_path: Path) -> None:
     written = write(tmp_path)
     loaded = snapshots.load(written.path)
     assert loaded == written
-    assert loaded.info["counts"] == {"train": 3, "validation": 1, "memory": 1}
+    assert loaded.info["counts"] == {"train": 3, "validation": 1, "memory": 1, "probe": 0}
     assert loaded.info["meta"] == {"parent": None, "seed": 0, "tuple": [1, 2]}
     assert loaded.info["tasks"] == TASKS
     assert [row.question for row in loaded.rows("memory")] == ["m"]

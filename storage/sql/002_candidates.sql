@@ -7,6 +7,7 @@ CREATE TABLE candidates (
     source     INTEGER,                         -- number of the candidate that it starts from
     result     TEXT NOT NULL,                   -- result directory, relative to the state directory
     strategy   TEXT,                            -- JSON; NULL: the one in the snapshot
+    change     TEXT,                            -- protect: what was turned up, in words
     share      DOUBLE,                          -- blend: how far from the champion to its source
     curve      TEXT,                            -- blend: JSON of the scores on validation rows
     model      TEXT,                            -- SHA-256 of its adapter; NULL: not made, or set aside
@@ -18,7 +19,7 @@ CREATE TABLE candidates (
 );
 
 INSERT INTO candidates
-SELECT cycles.id, 1, 'train', NULL, 'cycles/' || cycles.id || '/train', NULL, NULL, NULL, models.adapter_hash,
+SELECT cycles.id, 1, 'train', NULL, 'cycles/' || cycles.id || '/train', NULL, NULL, NULL, NULL, models.adapter_hash,
     verdicts.passed, verdicts.verdict, NULL, coalesce(cycles.started_at, cycles.requested_at)
 FROM cycles
 LEFT JOIN models ON models.cycle_id = cycles.id

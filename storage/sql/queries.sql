@@ -155,8 +155,8 @@ INSERT INTO verdicts VALUES ($cycle_id, $passed, $verdict, $now);
 SELECT passed, verdict FROM verdicts WHERE cycle_id = $cycle_id;
 
 -- name: put_candidate
-INSERT INTO candidates VALUES ($cycle_id, $number, $kind, $source, $result, $strategy, $share, $curve,
-    $model, $passed, $verdict, $note, $created_at)
+INSERT INTO candidates VALUES ($cycle_id, $number, $kind, $source, $result, $strategy, $change, $share,
+    $curve, $model, $passed, $verdict, $note, $created_at)
 ON CONFLICT (cycle_id, number) DO UPDATE SET
     share = excluded.share, curve = excluded.curve, model = excluded.model, passed = excluded.passed,
     verdict = excluded.verdict, note = excluded.note;
