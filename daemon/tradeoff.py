@@ -97,9 +97,7 @@ def choose(curve: Curve, max_drop: float) -> Choice:
     else:
         best = max(useful, key=lambda p: (round(curve.worst(p)[1], 9), p.share))
         if curve.worst(best)[1] <= curve.worst(curve.points[0])[1] + _ROUNDING:
-            return Choice(
-                share=None, why="no blend helps: those that learned forgot as much as the candidate"
-            )
+            return Choice(share=None, why="no blend helps: what learned forgot as much as the candidate")
     task, change = curve.worst(best)
     told = (
         f"on validation rows {learned[best.share] * 100:.1f} on the new tasks (champion {before * 100:.1f}), "

@@ -110,7 +110,7 @@ def load(path: str | Path) -> Snapshot:
 
 
 def _numbered(suites: Mapping[str, Sequence[StoredRow]]) -> dict[str, Sequence[StoredRow]]:
-    """Every suite's rows, by its file's name without suffix. Task names are any text, so files get numbers."""
+    """Every suite's rows, by its file's name without suffix: task names are any text, files get numbers."""
     return {f"suites/{number}": suites[task] for number, task in enumerate(sorted(suites))}
 
 
