@@ -149,7 +149,8 @@ def test_cycles_from_before_there_were_candidates_have_their_plain_training(tmp_
     old = Database.open(path, now=NOW, migrations=folder)
     old.script(
         "INSERT INTO cycles (id, state, trigger, requested_by, requested_at, snapshot) VALUES "
-        "(1, 'promoted', 'manual', 'ana', '2026-01-01', 's1'), (2, 'trained', 'manual', 'ana', '2026-01-02', 's2'), "
+        "(1, 'promoted', 'manual', 'ana', '2026-01-01', 's1'), "
+        "(2, 'trained', 'manual', 'ana', '2026-01-02', 's2'), "
         "(3, 'requested', 'manual', 'ana', '2026-01-03', NULL)"
     )
     old.script("INSERT INTO verdicts VALUES (1, true, '{}', '2026-01-01')")

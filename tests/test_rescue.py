@@ -81,7 +81,7 @@ def rescued(tmp_path: Path, base: Path) -> Iterator[Bot]:
 
 
 def make(home: Path, base: Path, **overrides: object) -> Bot:
-    limits = {"gate.max_drop": 0.1, "gate.min_gain": 0.2, "strategy.replay_ratio": 0.5}
+    limits = {"gate.max_drop": 0.1, "gate.min_gain": 0.2, "strategy.replay_ratio": 0.25}
     bot = make_bot(home, base, **{**limits, **overrides})
     bot.executor = Scripted()
     bot.collect(lesson("colours"))
@@ -118,15 +118,14 @@ def check_one_candidate_everywhere(bot: Bot, cycle: Cycle, number: int) -> None:
 
 
 def test_a_model_that_forgot_is_rescued_by_a_blend_for_real(tmp_path: Path, base: Path) -> None:
-    """Plain fine-tuning makes the tiny model answer `b` to everything; on the way there, a blend knows both."""
+    """Plain fine-tuning makes the tiny model say `b` to everything; a blend on the way there knows both."""
     naive = {"strategy.name": "naive", "training.learning_rate": 0.01, "training.epochs": 8}
     bot = make_bot(tmp_path, base, **{"gate.max_drop": 0.3, "gate.min_gain": 0.0, **naive})
     splits = ["train"] * 24 + ["validation"] * 8 + ["suite"] * 10
     bot.collect([(f"c{n}", "colours", f"colours {n}?", "a", split) for n, split in enumerate(splits)])
     bot.run()
-    bot.collect(
-        [(f"f{n}", "flavours", f"ZZ#{n:04d} WWWW KKKK", "b", split) for n, split in enumerate(splits)]
-    )
+    unlike = "ZZ#{:04d} WWWW KKKK".format
+    bot.collect([(f"f{n}", "flavours", unlike(n), "b", split) for n, split in enumerate(splits)])
     cycle = bot.run()
     assert kinds(bot, cycle) == [("train", False), ("blend", True)]
     assert cycle.state is State.PROMOTED
@@ -152,6 +151,7 @@ def test_a_blend_that_passes_becomes_the_champion_and_the_next_cycle_continues_f
     assert state(folder / "rescue-2/train") == state(folder / "train"), "the continual state comes along"
     assert not list(folder.glob("**/work")), "blends that were not chosen are gone"
     rescued.collect([(f"m{n}", "flavours", f"more {n}", "sweet", "train") for n in range(12)])
+    script(rescued).suites[1] = (1.0, 1.0)
     after = rescued.run()
     assert after.parent == 2
     learned = [h for c in rescued.store.lineage(2) for h in rescued.store.cycle_rows(c, "train")]
@@ -181,16 +181,14 @@ def test_what_nothing_helps_is_rejected_with_every_attempt_on_record(rescued: Bo
     check_one_candidate_everywhere(rescued, cycle, 1)
     protect, last = rescued.store.candidates(cycle.id)[2:]
     assert protect.strategy is not None
-    assert StrategySpec.from_json(protect.strategy).replay_ratio == 1.0
-    assert protect.change == "replay_ratio 0.5 → 1.0, ewc_lambda 1000.0 → 4000.0"
+    assert StrategySpec.from_json(protect.strategy).replay_ratio == 0.5
+    assert protect.change == "replay_ratio 0.25 → 0.5, ewc_lambda 1000.0 → 4000.0"
     assert (protect.source, last.source) == (1, 3)
     assert len({c.model for c in rescued.store.candidates(cycle.id)}) == 4
     assert rescued.registry.alias("champion") == 1
     assert {row.task for row in rescued.store.pending(rescued.store.lineage(1))} == {"flavours"}
     reason = cycle.reason or ""
-    assert (
-        "tried to rescue it in vain: 60 % of the way from the champion to attempt 1, then trained" in reason
-    )
+    assert "in vain: 60 % of the way from the champion to attempt 1, then trained again with more" in reason
     again = rescued.run(rescued.store.request_cycle("schedule", "schedule"))
     assert again.state is State.NOTHING, "the same snapshot is not tried every night"
 
@@ -467,7 +465,7 @@ def test_every_attempt_is_told_in_words_in_numbers_and_in_mlflow(
     assert "It took 3 attempts:" in words
     assert "1  plain training: rejected: colours@v1 went from 100.0 to 50.0" in words
     assert "2  60 % of the way from the champion to attempt 1, on validation rows 75.0 on the new" in words
-    assert "3  trained again with more protection (replay_ratio 0.5 → 1.0, ewc_lambda" in words
+    assert "3  trained again with more protection (replay_ratio 0.25 → 0.5, ewc_lambda" in words
     assert words.count("this one is the version") == 1
     points = told["attempts"][1]["curve"]
     assert [point["share"] for point in points] == [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0]
@@ -477,10 +475,8 @@ def test_every_attempt_is_told_in_words_in_numbers_and_in_mlflow(
     assert "attempt 2, share" in table
     assert "examined" in table
     artifacts = rescued.settings.state_dir / "artifacts"
-    files = {
-        path.name: path for path in artifacts.rglob("*") if "attempts" in path.name or "trade" in path.name
-    }
-    assert files["trade_off.png"].read_bytes().startswith(b"\x89PNG")
+    (picture,) = artifacts.rglob("trade_off.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
     logged = [json.loads(path.read_text()) for path in artifacts.rglob("attempts.json")]
     assert sorted(len(attempts) for attempts in logged) == [1, 3]
 
@@ -490,16 +486,10 @@ def test_every_number_of_the_curve_can_be_recomputed_from_stored_predictions(res
     cycle = rescued.run()
     candidate = rescued.store.candidates(cycle.id)[1]
     assert candidate.model is not None
-    session = script(rescued).jobs[-2]
-    assert "0.6" in session.models
     told = report.cycle_report(rescued.store, cycle.id)["attempts"][1]["curve"][4]
     assert told["scores"] == {"colours": 1.0, "flavours": 0.75}
-    with_model = rescued.store._db.script(
+    found = rescued.store._db.script(
         f"SELECT exam, avg(score), count(*) FROM predictions WHERE model = '{candidate.model}' GROUP BY exam"
     )
-    assert sorted((mean, count) for _, mean, count in with_model) == [
-        (0.75, 4),
-        (0.75, 8),
-        (1.0, 4),
-        (1.0, 8),
-    ]
+    kept = sorted((mean, count) for _, mean, count in found)
+    assert kept == [(0.75, 4), (0.75, 8), (1.0, 4), (1.0, 8)]  # four validation rows, eight suite rows
