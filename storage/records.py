@@ -175,10 +175,10 @@ class Candidate:
     change: str | None = None  # of a training with more protection: what was turned up, in words
     share: float | None = None  # of a blend: how far from the champion to its source
     curve: str | None = None  # of a blend: scores on validation rows
-    model: str | None = None  # SHA-256 of its adapter; None: not made yet, or set aside
+    model: str | None = None  # SHA-256 of its adapter; None: not made
     passed: bool | None = None  # None: not judged
     verdict: str | None = None
-    note: str | None = None  # why nothing came of it
+    note: str | None = None  # why it was set aside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,10 +10,10 @@ CREATE TABLE candidates (
     change     TEXT,                            -- protect: what was turned up, in words
     share      DOUBLE,                          -- blend: how far from the champion to its source
     curve      TEXT,                            -- blend: JSON of the scores on validation rows
-    model      TEXT,                            -- SHA-256 of its adapter; NULL: not made, or set aside
+    model      TEXT,                            -- SHA-256 of its adapter; NULL: not made
     passed     BOOLEAN,                         -- NULL: not judged
     verdict    TEXT,                            -- JSON, as in verdicts
-    note       TEXT,                            -- why nothing came of it, in words
+    note       TEXT,                            -- why it was set aside, in words
     created_at TIMESTAMP NOT NULL,
     PRIMARY KEY (cycle_id, number)
 );
