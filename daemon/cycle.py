@@ -214,7 +214,6 @@ class CycleRunner:
         if candidates[-1].note is None:
             evidence = examination.evidence(self.store, cycle, meta["new_tasks"])
             verdict = gate.judge(evidence, gate.Thresholds.from_dict(meta["gate"]))
-            log.info("%s", verdict.summary, extra=_action("judged", cycle))
             candidates[-1] = replace(candidates[-1], passed=verdict.passed, verdict=verdict.to_json())
         strategy = StrategySpec.from_dict(meta["strategy"])
         limits = rescue.Limits.of(snapshot)
