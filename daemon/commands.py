@@ -29,7 +29,7 @@ LINES_A_SECOND = 10.0  # of progress that a follower gets at most
 _STAGES = {
     State.REQUESTED: ("prepare",),
     State.PULLED: ("prepare",),
-    State.SNAPSHOTTED: ("load", "train", "validate", "fisher"),
+    State.SNAPSHOTTED: ("load", "train", "validate", "fisher", "blend", "evaluate"),
     State.TRAINED: ("load", "evaluate"),
 }
 

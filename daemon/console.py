@@ -222,6 +222,9 @@ def show(told: dict[str, Any]) -> None:
     console = out()
     for sentence in told["words"]:
         console.print(printable(sentence))
+    for attempt in told["attempts"]:
+        if attempt["curve"]:
+            console.print(trade_off(attempt))
     if told["matrix"]:
         console.print(matrix(told["matrix"]))
 
@@ -231,6 +234,20 @@ def matrix(table: dict[str, Any]) -> Table:
     shown = _table("score on", *(line(task, 24) for task in table["tasks"]), right=table["tasks"])
     for name, values in zip(table["rows"], table["values"], strict=True):
         shown.add_row(f"after {name}" if name != "base" else "base", *map(_cell, values))
+    return shown
+
+
+def trade_off(attempt: dict[str, Any]) -> Table:
+    """What each blend knew of the new tasks and lost of the others, on validation rows."""
+    share = f"attempt {attempt['number']}, share"
+    shown = _table(share, "new tasks", "worst change", "on", "", right=(share, "new tasks", "worst change"))
+    ends = {1.0: f"attempt {attempt['source']}", 0.0: "the champion"}
+    for point in attempt["curve"]:
+        new = "–" if point["new"] is None else f"{point['new'] * 100:.1f}"
+        mark = "examined" if point["chosen"] else ends.get(point["share"], "")
+        change = f"{point['worst_change'] * 100:+.1f}"
+        task = Text(line(point["worst_task"], 24))
+        shown.add_row(f"{point['share']:.1f}", new, change, task, Text(mark))
     return shown
 
 

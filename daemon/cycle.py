@@ -1,17 +1,20 @@
 """The whole flow of one cycle, as a persisted state machine.
 
 requested → pulled → snapshotted → trained → evaluated → decided → promoted | rejected
-(or failed, cancelled, nothing-to-do). Each step does its work idempotently, then records the next
-state in one transaction; after a crash at any point, running the same step again is always right.
+(or failed, cancelled, nothing-to-do). A candidate that learned but forgot leads from evaluated back to
+snapshotted, with the next candidate (`daemon.rescue`), a bounded number of times. Each step does its
+work idempotently, then records the next state in one transaction; after a crash at any point, running
+the same step again is always right.
 """
 
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from daemon import examination, experience, gate, promote, publish
+from daemon import examination, experience, gate, promote, publish, rescue
 from daemon.base import prepare_base
 from daemon.executor import Executor, Stop
 from daemon.pull import pull_source
@@ -22,21 +25,27 @@ from storage.errors import (
     ConfigError,
     HoldfastError,
     Interrupted,
+    ModelError,
     RegistryError,
     SourceBusy,
+    StageError,
     StoreError,
+    TrainingError,
     WorkerError,
 )
-from storage.records import Cycle, State
+from storage.records import Candidate, Cycle, State
 from storage.registry import Registry
+from storage.snapshots import Snapshot
 from storage.store import Store
-from strategies.contract import PreparedBase, Progress, TrainJob
+from strategies.contract import PreparedBase, Progress, StrategySpec, TrainJob, TrainReport, result_files
 
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # how often a dead worker is replaced before the cycle is given up
 # Left to the caller, who tries again later: the cycle stays exactly where it is.
 RETRIED_LATER = (Interrupted, SourceBusy, RegistryError)
+# What ends an attempt to rescue, but not its cycle: a blend that cannot be, a loss that explodes, no time.
+ENDS_ATTEMPT = (StageError, TrainingError, ModelError)
 
 
 class CycleRunner:
@@ -94,13 +103,20 @@ class CycleRunner:
             self.executor.close()
         if cycle.state is State.PROMOTED:
             self._show_champion(cycle)
-        shutil.rmtree(self.folder(cycle) / "work", ignore_errors=True)  # the checkpoint of an ended cycle
+        for work in ("work", "rescue-*/work"):  # checkpoints and blends of an ended cycle
+            for folder in self.folder(cycle).glob(work):
+                shutil.rmtree(folder, ignore_errors=True)
         return cycle
 
     def _step(self, cycle: Cycle, stop: Stop) -> Cycle:
         """One state onwards. A worker that died is replaced; its work continues from the checkpoint."""
         try:
             return self._steps[cycle.state](cycle, stop)
+        except ENDS_ATTEMPT as error:
+            candidates = self.store.candidates(cycle.id)
+            if len(candidates) < 2 or cycle.state not in (State.SNAPSHOTTED, State.TRAINED):
+                raise
+            return self._set_aside(cycle, candidates[-1], str(error))
         except WorkerError as error:
             attempts = self.store.count_attempt(cycle.id)
             self.store.event("worker-died", cycle.id, state=cycle.state, error=str(error), attempt=attempts)
@@ -136,35 +152,55 @@ class CycleRunner:
                 "pending. New rows or settings start a new try, and so does `daemon retrain-now`"
             )
             return self._end(cycle.id, State.NOTHING, why)
-        return self.store.advance(cycle.id, State.SNAPSHOTTED, snapshot=snapshot.id, rows=roles)
+        plain = rescue.first(cycle, self.clock())
+        return self.store.advance(
+            cycle.id, State.SNAPSHOTTED, snapshot=snapshot.id, rows=roles, candidates=[plain]
+        )
 
     def _train(self, cycle: Cycle, stop: Stop) -> Cycle:
+        candidate, stop = self._candidate(cycle, stop)
+        if candidate.kind == rescue.Kind.BLEND:
+            return self._blend(cycle, stop)
         specs = examination.specs(self._snapshot_of(cycle))
+        result = self._result(candidate)
         parent = None
         if cycle.parent is not None:
             parent = experience.parent_result(self.store, self.settings, cycle.parent)
             artifacts.verify(parent)
         job = TrainJob(
             snapshot=str(self._snapshot_of(cycle)),
-            out=str(self.folder(cycle) / "train"),
-            work=str(self.folder(cycle) / "work"),
+            out=str(result),
+            work=str(result.parent / "work"),
             parent=str(parent) if parent else None,
             model=specs.model,
             lora=specs.lora,
             train=specs.train,
-            strategy=specs.strategy,
+            strategy=rescue.strategy_of(candidate, specs.strategy),
         )
         report = self.executor.train(job, self._progress(cycle), stop)
         took = f"{report.steps} steps, {report.seconds:.0f} s"
         told = f"{report.rows} rows in {took}, loss {report.final_loss:.4f}"
         log.info("trained: %s", told, extra=_action("trained", cycle))
-        rehearsed = [(row, "replay") for row in report.rehearsed]
-        return self.store.advance(cycle.id, State.TRAINED, reason=told, rows=rehearsed)
+        made = replace(candidate, model=examination.model_key(result_files(result)["adapter"], ""))
+        return self.store.advance(cycle.id, State.TRAINED, reason=told, candidates=[made])
+
+    def _blend(self, cycle: Cycle, stop: Stop) -> Cycle:
+        """The other way to a candidate; when no blend is worth an exam there is nothing to evaluate."""
+        snapshot = snapshots.load(self._snapshot_of(cycle))
+        made = rescue.blend(
+            self.store, self.settings, self.executor, cycle, snapshot, self._progress(cycle), stop
+        )
+        if made.note is not None:
+            return self._set_aside(cycle, made, made.note)
+        told = f"attempt {made.number}: {rescue.words(made)}"
+        log.info("blended: %s", told, extra=_action("blended", cycle))
+        return self.store.advance(cycle.id, State.TRAINED, reason=told, candidates=[made])
 
     def _evaluate(self, cycle: Cycle, stop: Stop) -> Cycle:
+        candidate, stop = self._candidate(cycle, stop)
         snapshot = snapshots.load(self._snapshot_of(cycle))
         examination.check_suites(self.store, snapshot)
-        exam = examination.plan(self.store, self.settings, cycle, snapshot, self.folder(cycle))
+        exam = self._exam(cycle, candidate, snapshot)
         if exam.job.plan:
             self.executor.evaluate(exam.job, self._progress(cycle), stop)
         examination.record(self.store, cycle, exam)
@@ -172,15 +208,45 @@ class CycleRunner:
 
     def _decide(self, cycle: Cycle, stop: Stop) -> Cycle:
         snapshot = snapshots.load(self._snapshot_of(cycle))
-        evidence = examination.evidence(self.store, cycle, snapshot.info["meta"]["new_tasks"])
-        verdict = gate.judge(evidence, gate.Thresholds.from_dict(snapshot.info["meta"]["gate"]))
-        log.info("%s", verdict.summary, extra=_action("decided", cycle))
+        meta = snapshot.info["meta"]
+        candidates = self.store.candidates(cycle.id)
+        verdict = None
+        if candidates[-1].note is None:
+            evidence = examination.evidence(self.store, cycle, meta["new_tasks"])
+            verdict = gate.judge(evidence, gate.Thresholds.from_dict(meta["gate"]))
+            candidates[-1] = replace(candidates[-1], passed=verdict.passed, verdict=verdict.to_json())
+        strategy = StrategySpec.from_dict(meta["strategy"])
+        limits = rescue.Limits.of(snapshot)
+        now = self.clock()
+        attempt = rescue.following(candidates, verdict, limits, strategy, cycle.parent, now)
+        if attempt is None:
+            return self._close(cycle, candidates, snapshot, over=rescue.is_over(candidates, limits, now))
+        why = f"attempt {candidates[-1].number} {_outcome(candidates[-1], verdict)}"
+        log.info("%s; next: %s", why, rescue.words(attempt), extra=_action("rescue", cycle))
         return self.store.advance(
-            cycle.id, State.DECIDED, verdict=(verdict.passed, verdict.to_json()), reason=verdict.summary
+            cycle.id, State.SNAPSHOTTED, reason=why, candidates=[candidates[-1], attempt]
+        )
+
+    def _close(self, cycle: Cycle, candidates: list[Candidate], snapshot: Snapshot, *, over: bool) -> Cycle:
+        """The verdict, the scores and the rehearsed rows of one and the same candidate become the cycle's."""
+        chosen = rescue.concluded(candidates)
+        assert chosen.verdict is not None
+        reason = rescue.summary(candidates, gate.summary_of(chosen.verdict), over=over)
+        report = TrainReport.from_json(result_files(self._result(chosen))["report"].read_text())
+        log.info("%s", reason, extra=_action("decided", cycle))
+        return self.store.advance(
+            cycle.id,
+            State.DECIDED,
+            verdict=(bool(chosen.passed), chosen.verdict),
+            reason=reason,
+            rows=[(row, "replay") for row in report.rehearsed],
+            scores=examination.scores(self.store, cycle, self._exam(cycle, chosen, snapshot)),
+            candidates=[candidates[-1]],
         )
 
     def _conclude(self, cycle: Cycle, stop: Stop) -> Cycle:
-        version = publish.publish(self.store, self.registry, self.settings, cycle, self.folder(cycle))
+        chosen = rescue.concluded(self.store.candidates(cycle.id))
+        version = publish.publish(self.store, self.registry, self.settings, cycle, chosen)
         verdict = self.store.verdict(cycle.id)
         assert verdict is not None
         if not verdict[0]:
@@ -209,6 +275,29 @@ class CycleRunner:
             if verdict is not None and not verdict[0]:
                 return tried
         return None
+
+    def _candidate(self, cycle: Cycle, stop: Stop) -> tuple[Candidate, Stop]:
+        """The one that is being made or examined, and the stop that this is done under."""
+        candidates = self.store.candidates(cycle.id)
+        if len(candidates) == 1:  # the plain training has only the stage's own time limit
+            return candidates[0], stop
+        limits = rescue.Limits.of(snapshots.load(self._snapshot_of(cycle)))
+        return candidates[-1], rescue.within(candidates, limits, stop, self.clock)
+
+    def _set_aside(self, cycle: Cycle, candidate: Candidate, why: str) -> Cycle:
+        """An attempt of which nothing came. The plain training has been judged, so its cycle goes on."""
+        log.info("attempt %d: %s", candidate.number, why, extra=_action("set-aside", cycle))
+        return self.store.advance(
+            cycle.id, State.EVALUATED, reason=why, candidates=[replace(candidate, note=why)]
+        )
+
+    def _exam(self, cycle: Cycle, candidate: Candidate, snapshot: Snapshot) -> examination.Session:
+        result = self._result(candidate)
+        out = result.parent / "evaluate"
+        return examination.plan(self.store, self.settings, cycle, snapshot, result, out)
+
+    def _result(self, candidate: Candidate) -> Path:
+        return self.settings.state_dir / candidate.result
 
     def folder(self, cycle: Cycle) -> Path:
         return self.settings.state_dir / "cycles" / str(cycle.id)
@@ -256,6 +345,10 @@ class CycleRunner:
         except HoldfastError as error:  # the store has the reason; MLflow's copy is a courtesy
             log.warning("could not log the failure to MLflow: %s", error, extra=_action("unlogged", cycle))
         return cycle
+
+
+def _outcome(candidate: Candidate, verdict: gate.Verdict | None) -> str:
+    return f"was {verdict.summary}" if verdict else f"came to nothing: {candidate.note}"
 
 
 def _waiting(stop: Stop) -> Callable[[float], None]:

@@ -7,7 +7,7 @@ predictions, so every number can be recomputed.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from daemon.gate import SuiteScores
 from daemon.settings import Settings
 from storage import artifacts, snapshots
 from storage.errors import IntegrityError
+from storage.parquet import SnapshotRow
 from storage.records import Cycle, Prediction, Score
 from storage.snapshots import Snapshot
 from storage.store import Store
@@ -45,8 +46,17 @@ class Exam:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Paper:
+    """The rows that an exam asks: where they lie, and the hash over their exact texts."""
+
+    version: int  # of the suite; 0 for validation rows
+    hash: str
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
 class Session:
-    """All exams of a cycle: `models` maps base, champion and candidate to their store keys."""
+    """Several models and the exams that they sit: `models` maps labels to the models' store keys."""
 
     exams: tuple[Exam, ...]
     models: dict[str, str]
@@ -77,26 +87,53 @@ def check_suites(store: Store, snapshot: Snapshot) -> None:
             )
 
 
-def plan(store: Store, settings: Settings, cycle: Cycle, snapshot: Snapshot, folder: Path) -> Session:
-    """Everything that base, champion and candidate must answer and have not answered before."""
-    spec = specs(snapshot.path)
-    suite_files = {entry["task"]: entry for entry in snapshot.info["suites"]}
-    exams = tuple(
-        _exam(Task.from_dict(task), suite_files[task["name"]], spec.model, spec.max_new_tokens)
-        for task in snapshot.info["tasks"]
-    )
+def plan(
+    store: Store, settings: Settings, cycle: Cycle, snapshot: Snapshot, result: Path, out: Path
+) -> Session:
+    """Everything that base, champion and the candidate in `result` must answer and have not answered yet."""
+    suites = {entry["task"]: entry for entry in snapshot.info["suites"]}
     adapters: dict[str, Path | None] = {"base": None}
     if cycle.parent is not None:
         adapters["champion"] = experience.parent_result(store, settings, cycle.parent) / "adapter"
-    adapters["candidate"] = folder / "train" / "adapter"
+    adapters["candidate"] = result / "adapter"
+    papers = {
+        task: Paper(version=entry["version"], hash=entry["hash"], path=snapshot.path / entry["file"])
+        for task, entry in suites.items()
+    }
+    return _session(store, settings, snapshot, papers, adapters, out)
+
+
+def probe(
+    store: Store, settings: Settings, snapshot: Snapshot, adapters: Mapping[str, Path], out: Path
+) -> Session:
+    """What these adapters must answer to be chosen by: the snapshot's validation rows, and nothing else."""
+    rows: dict[str, list[SnapshotRow]] = {}
+    for row in snapshot.rows("probe"):
+        rows.setdefault(row.task, []).append(row)
+    papers = {
+        task: Paper(version=0, hash=snapshots.suite_hash(found), path=snapshot.path / "probe.parquet")
+        for task, found in rows.items()
+    }
+    return _session(store, settings, snapshot, papers, adapters, out)
+
+
+def _session(
+    store: Store,
+    settings: Settings,
+    snapshot: Snapshot,
+    papers: Mapping[str, Paper],
+    adapters: Mapping[str, Path | None],
+    out: Path,
+) -> Session:
+    spec = specs(snapshot.path)
+    tasks = [Task.from_dict(task) for task in snapshot.info["tasks"] if task["name"] in papers]
+    exams = tuple(_exam(task, papers[task.name], spec.model, spec.max_new_tokens) for task in tasks)
     models = {label: model_key(path, spec.model.fingerprint) for label, path in adapters.items()}
     job = EvaluateJob(
-        out=str(folder / "evaluate"),
+        out=str(out),
         model=spec.model,
         models={label: str(path) if path else None for label, path in adapters.items()},
-        suites=tuple(
-            SuiteJob(task=e.task, path=str(snapshot.path / suite_files[e.task.name]["file"])) for e in exams
-        ),
+        suites=tuple(SuiteJob(task=e.task, path=str(papers[e.task.name].path)) for e in exams),
         plan=tuple(
             (label, exam.task.name)
             for label, model in models.items()
@@ -110,16 +147,25 @@ def plan(store: Store, settings: Settings, cycle: Cycle, snapshot: Snapshot, fol
     return Session(exams=exams, models=models, job=job)
 
 
-def record(store: Store, cycle: Cycle, session: Session) -> None:
-    """Predictions and their means, into the store."""
+def keep(store: Store, session: Session) -> None:
+    """The predictions of a session whose job is done, into the store."""
     if session.job.plan:
         artifacts.verify(Path(session.job.out))
         _store_predictions(store, session)
-    scores = []
+
+
+def means(store: Store, session: Session, label: str) -> dict[str, float]:
+    """A model's mean score on each task of the session, over the predictions in the store."""
+    return {exam.task.name: _mean(store, session.models[label], exam)[0] for exam in session.exams}
+
+
+def scores(store: Store, cycle: Cycle, session: Session) -> list[Score]:
+    """The means over the predictions in the store, as the cycle's scores."""
+    found = []
     for label, model in session.models.items():
         for exam in session.exams:
-            values = [p.score for p in store.predictions(model, exam.key).values()]
-            scores.append(
+            score, size = _mean(store, model, exam)
+            found.append(
                 Score(
                     cycle_id=cycle.id,
                     label=label,
@@ -128,11 +174,23 @@ def record(store: Store, cycle: Cycle, session: Session) -> None:
                     model=model,
                     exam=exam.key,
                     metric=exam.task.metric.value,
-                    score=sum(values) / len(values),
-                    size=len(values),
+                    score=score,
+                    size=size,
                 )
             )
-    store.put_scores(scores)
+    return found
+
+
+def _mean(store: Store, model: str, exam: Exam) -> tuple[float, int]:
+    """Mean and number of the scores of a model in an exam that it has sat."""
+    values = [prediction.score for prediction in store.predictions(model, exam.key).values()]
+    return sum(values) / len(values), len(values)
+
+
+def record(store: Store, cycle: Cycle, session: Session) -> None:
+    """Predictions and their means, into the store."""
+    keep(store, session)
+    store.put_scores(scores(store, cycle, session))
 
 
 def evidence(store: Store, cycle: Cycle, new_tasks: Sequence[str]) -> list[SuiteScores]:
@@ -158,18 +216,16 @@ def model_key(adapter: Path | None, fingerprint: str) -> str:
     return artifacts.sha256_file(adapter / "adapter_model.safetensors")
 
 
-def _exam(task: Task, suite: dict[str, object], model: ModelSpec, max_new_tokens: int) -> Exam:
-    version = suite["version"]
-    assert isinstance(version, int)
+def _exam(task: Task, paper: Paper, model: ModelSpec, max_new_tokens: int) -> Exam:
     parts = {
-        "suite": suite["hash"],
+        "suite": paper.hash,
         "task": json.loads(task.to_json()),
         "prompt": model.system_prompt,
         "limits": [model.max_tokens, max_new_tokens],
         "dtype": model.dtype,
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    return Exam(task=task, version=version, key=key)
+    return Exam(task=task, version=paper.version, key=key)
 
 
 def _store_predictions(store: Store, session: Session) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol, Self
 from storage import errors
 from storage.errors import Cancelled, HoldfastError, Interrupted, StageError, WorkerError
 from strategies.contract import (
+    BlendJob,
     EvaluateJob,
     PreparedBase,
     PrepareJob,
@@ -62,12 +63,36 @@ class Stop:
             raise Cancelled() if self.reason == "cancel" else Interrupted()
 
 
+class Until(Stop):
+    """A stop request of its own at a deadline, and whatever is asked of the one that it wraps.
+
+    A stage that meets the deadline ends with `StageError`, as one that exceeds its time limit.
+    """
+
+    def __init__(self, stop: Stop, over: Callable[[], bool], why: str) -> None:
+        super().__init__()
+        self._stop, self._over, self._why = stop, over, why
+
+    def is_set(self) -> bool:
+        return self._stop.is_set() or self._over()
+
+    def wait(self, seconds: float) -> bool:
+        return self._stop.wait(seconds)
+
+    def check(self) -> None:
+        self._stop.check()
+        if self._over():
+            raise StageError(self._why)
+
+
 class Executor(Protocol):
     """Where stages run. Each call returns when its result directory is complete."""
 
     def prepare(self, job: PrepareJob, on_progress: OnProgress, stop: Stop) -> PreparedBase: ...
 
     def train(self, job: TrainJob, on_progress: OnProgress, stop: Stop) -> TrainReport: ...
+
+    def blend(self, job: BlendJob, on_progress: OnProgress, stop: Stop) -> None: ...
 
     def evaluate(self, job: EvaluateJob, on_progress: OnProgress, stop: Stop) -> None: ...
 
@@ -91,6 +116,9 @@ class WorkerExecutor:
 
     def train(self, job: TrainJob, on_progress: OnProgress, stop: Stop) -> TrainReport:
         return TrainReport.from_dict(self._run("train", job, on_progress, stop))
+
+    def blend(self, job: BlendJob, on_progress: OnProgress, stop: Stop) -> None:
+        self._run("blend", job, on_progress, stop)
 
     def evaluate(self, job: EvaluateJob, on_progress: OnProgress, stop: Stop) -> None:
         self._run("evaluate", job, on_progress, stop)
@@ -206,8 +234,9 @@ class _Worker:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.put(line)
+        with self.process.stdout as lines:
+            for line in lines:
+                self._lines.put(line)
         self._lines.put(None)
 
     def _ending(self) -> str:

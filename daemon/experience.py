@@ -4,6 +4,7 @@ Everything here is read from or written to the store before any training starts;
 in is all that the worker ever sees.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,6 +153,7 @@ def take_snapshot(
         validation=experience.validation,
         memory=memory,
         suites=suites,
+        probe=_probe(store, settings, cycle.parent, list(suites)),
         tasks=[
             {"name": t.name, "kind": t.kind.value, "metric": t.metric.value, "labels": list(t.labels)}
             for t in tasks.values()
@@ -166,6 +168,7 @@ def take_snapshot(
             "strategy": {**strategy_spec(settings).__dict__, "methods": list(settings.strategy.methods)},
             "max_new_tokens": settings.evaluation.max_new_tokens,
             "gate": settings.gate.model_dump(),
+            "rescue": settings.rescue.model_dump(),
         },
     )
     roles = [(row.hash, "train") for row in experience.train]
@@ -178,6 +181,18 @@ def _memory(store: Store, settings: Settings, parent: int | None) -> list[Stored
     if parent is None or "replay" not in settings.strategy.methods:
         return []
     return store.rows_by_hash(memory_hashes(parent_result(store, settings, parent) / "state"))
+
+
+def _probe(store: Store, settings: Settings, parent: int | None, tasks: Sequence[str]) -> list[StoredRow]:
+    """Validation rows of every task, old and new, to choose between blends by; their content decides which.
+
+    None where there is no champion to blend with, or nothing is to be rescued.
+    """
+    if parent is None or not settings.rescue.attempts:
+        return []
+    rows = {task: store.task_rows(task, Split.VALIDATION) for task in tasks}
+    limit = settings.rescue.probe_rows
+    return [row for task in tasks for row in sorted(rows[task], key=lambda row: row.hash)[:limit]]
 
 
 def parent_result(store: Store, settings: Settings, version: int) -> Path:

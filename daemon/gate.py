@@ -7,6 +7,7 @@ too few rows, has no say and is named; without thresholds, or without a single s
 tasks that can speak, nothing is promoted.
 """
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,6 +104,20 @@ def judge(suites: Sequence[SuiteScores], thresholds: Thresholds, *, seed: int = 
         gain=gain,
         thresholds=thresholds,
     )
+
+
+def summary_of(verdict: str) -> str:
+    """The summary of a verdict that was stored as JSON."""
+    return str(json.loads(verdict)["summary"])
+
+
+def worth_rescuing(verdict: Verdict) -> bool:
+    """Whether the candidate learned enough and was refused for nothing but what it forgot."""
+    limits = verdict.thresholds
+    speaking = [s for s in verdict.suites if s.finding not in (Finding.TOO_FEW_ROWS, Finding.NO_SIGNAL)]
+    other_reasons = _missing_thresholds(limits)
+    other_reasons += _too_small_gain([s for s in speaking if s.new], verdict.gain, limits)
+    return not verdict.passed and not other_reasons
 
 
 def paired_bootstrap(

@@ -10,31 +10,33 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from daemon import report
+from daemon import report, rescue
 from daemon.promote import CHALLENGER
 from daemon.settings import Settings
 from storage import artifacts, snapshots
-from storage.records import Cycle, ModelVersion, Score
+from storage.records import Candidate, Cycle, ModelVersion, Score
 from storage.registry import CycleRecord, Matrix, Registry
+from storage.runs import TradeOff
 from storage.store import Store
-from strategies.contract import TrainReport
+from strategies.contract import StrategySpec, TrainReport, result_files
 
 SERVED_MODEL = Path(__file__).parent / "served_model.py"
 
 
-def publish(store: Store, registry: Registry, settings: Settings, cycle: Cycle, folder: Path) -> int:
-    """Logs the cycle and registers its adapter; returns the model version. Idempotent.
+def publish(store: Store, registry: Registry, settings: Settings, cycle: Cycle, candidate: Candidate) -> int:
+    """Logs the cycle and registers the candidate's adapter; returns the model version. Idempotent.
 
     Raises `RegistryError` when MLflow cannot be reached or is not the one that has our versions: the
     verdict is safe in the store, and the cycle stays `decided` until this succeeds.
     """
-    artifacts.verify(folder / "train")
+    result = settings.state_dir / candidate.result
+    artifacts.verify(result)
     if before := store.models():
         registry.check_has(before[-1].version, before[-1].adapter_hash)
     info = _info(settings, cycle)
-    record = _record(store, settings, cycle, folder, info)
+    record = _record(store, settings, cycle, candidate, info)
     version = registry.publish(record)
-    store.add_model(_model(store, settings, cycle, folder, version, record, info))
+    store.add_model(_model(store, cycle, candidate, version, record, info))
     registry.log_stream(cycle.id, _stream_metrics(store, cycle, record.metrics), record.matrix)
     registry.set_alias(CHALLENGER, version, record.adapter_hash)
     return version
@@ -54,9 +56,10 @@ def parameters(settings: Settings, used: Mapping[str, Mapping[str, Any]] | None 
 
 
 def _record(
-    store: Store, settings: Settings, cycle: Cycle, folder: Path, info: dict[str, Any]
+    store: Store, settings: Settings, cycle: Cycle, candidate: Candidate, info: dict[str, Any]
 ) -> CycleRecord:
-    training = TrainReport.from_json((folder / "train" / "report.json").read_text())
+    result = result_files(settings.state_dir / candidate.result)
+    training = TrainReport.from_json(result["report"].read_text())
     told = report.cycle_report(store, cycle.id)
     table = report.Matrix(**told["matrix"])
     verdict, meta = told["verdict"], info["meta"]
@@ -65,7 +68,8 @@ def _record(
         "model": meta["model"],
         "lora": meta["lora"],
         "training": meta["train"],
-        "strategy": meta["strategy"],
+        "strategy": rescue.strategy_of(candidate, StrategySpec.from_dict(meta["strategy"])).__dict__,
+        "rescue": meta.get("rescue", {}),
         "evaluation": {"max_new_tokens": meta["max_new_tokens"]},
         "gate": verdict["thresholds"],
     }
@@ -84,21 +88,39 @@ def _record(
             "matrix.json": asdict(table),
             "training.json": json.loads(training.to_json()),
             "classification.json": classified,
+            "attempts.json": told["attempts"],
         },
         texts={"verdict.md": words},
         description=words,
         predictions=_predictions(store, cycle),
         matrix=Matrix(columns=table.tasks, rows=table.rows, values=table.values),
-        adapter_dir=folder / "train" / "adapter",
-        adapter_hash=artifacts.sha256_file(folder / "train" / "adapter" / "adapter_model.safetensors"),
-        state_dir=folder / "train" / "state",
+        trade_off=_trade_off(told["attempts"]),
+        adapter_dir=result["adapter"],
+        adapter_hash=artifacts.sha256_file(result["adapter"] / "adapter_model.safetensors"),
+        state_dir=result["state"],
         model_config=_model_config(info),
         version_tags={
             "holdfast.verdict": "passed" if verdict["passed"] else "rejected",
             "holdfast.reason": verdict["summary"],
             "holdfast.parent": str(cycle.parent or "base"),
             "holdfast.snapshot": cycle.snapshot or "",
+            "holdfast.attempt": f"{candidate.number}: {rescue.words(candidate)}",
         },
+    )
+
+
+def _trade_off(attempts: list[dict[str, Any]]) -> tuple[TradeOff, ...]:
+    """Every attempt's curve that has both a new task and an old one to show."""
+    return tuple(
+        TradeOff(
+            name=f"attempt {attempt['number']}",
+            shares=tuple(point["share"] for point in attempt["curve"]),
+            old=tuple(point["old"] for point in attempt["curve"]),
+            new=tuple(point["new"] for point in attempt["curve"]),
+            chosen=attempt["share"],
+        )
+        for attempt in attempts
+        if attempt["curve"] and None not in (attempt["curve"][0]["old"], attempt["curve"][0]["new"])
     )
 
 
@@ -167,19 +189,13 @@ def _add_answers(store: Store, score: Score, lines: dict[tuple[str, str], dict[s
 
 
 def _model(
-    store: Store,
-    settings: Settings,
-    cycle: Cycle,
-    folder: Path,
-    version: int,
-    record: CycleRecord,
-    info: dict[str, Any],
+    store: Store, cycle: Cycle, candidate: Candidate, version: int, record: CycleRecord, info: dict[str, Any]
 ) -> ModelVersion:
     return ModelVersion(
         version=version,
         cycle_id=cycle.id,
         parent=cycle.parent,
-        result=str((folder / "train").relative_to(settings.state_dir)),
+        result=candidate.result,
         adapter_hash=record.adapter_hash,
         base=info["meta"]["model"]["fingerprint"],
         created_at=store.clock(),

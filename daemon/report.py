@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from daemon import rescue, tradeoff
 from storage.errors import ControlError
 from storage.records import ModelVersion
 from storage.store import Store
@@ -82,6 +83,7 @@ def cycle_report(store: Store, cycle_id: int) -> dict[str, Any]:
         "verdict": json.loads(verdict[1]) if verdict else None,
         "matrix": _plain(asdict(table)) if table else None,
         "metrics": table.metrics() if table else {},
+        "attempts": _attempts(store, cycle_id),
         "events": [_plain(asdict(event)) for event in reversed(store.events(limit=50, cycle_id=cycle_id))],
     }
 
@@ -101,12 +103,69 @@ def explain(report: dict[str, Any]) -> list[str]:
         lines += suites.values()
         if not verdict["passed"]:
             lines += [f"  also {reason}" for reason in verdict["reasons"] if reason not in suites]
+    lines += _attempts_in_words(report["attempts"])
     if report["metrics"]:
         told = ", ".join(
             f"{name.replace('_', ' ')} {value * 100:.1f}" for name, value in report["metrics"].items()
         )
         lines.append(f"Over all tasks: {told}.")
     return lines
+
+
+def _attempts(store: Store, cycle_id: int) -> list[dict[str, Any]]:
+    """Every candidate of a cycle: how it was made, what the gate said, and a blend's trade-off curve."""
+    candidates = store.candidates(cycle_id)
+    chosen = rescue.concluded(candidates) if candidates else None
+    ended = store.verdict(cycle_id) is not None
+    return [
+        {
+            **_plain(asdict(candidate)),
+            "words": rescue.words(candidate),
+            "strategy": json.loads(candidate.strategy) if candidate.strategy else None,
+            "verdict": json.loads(candidate.verdict) if candidate.verdict else None,
+            "curve": _curve(candidate.curve, candidate.share),
+            "concluded": ended and candidate == chosen,
+        }
+        for candidate in candidates
+    ]
+
+
+def _curve(text: str | None, chosen: float | None) -> list[dict[str, Any]]:
+    """The curve as a table: means over new and old tasks, the task that lost most, and every score."""
+    if text is None:
+        return []
+    curve = tradeoff.Curve.from_json(text)
+    return [
+        {
+            "share": point.share,
+            "new": curve.new(point),
+            "old": curve.old(point),
+            "worst_task": curve.worst(point)[0],
+            "worst_change": curve.worst(point)[1],
+            "chosen": point.share == chosen,
+            "scores": dict(point.scores),
+        }
+        for point in curve.points
+    ]
+
+
+def _attempts_in_words(attempts: list[dict[str, Any]]) -> list[str]:
+    """A sentence an attempt, where there was more than the plain training."""
+    if len(attempts) < 2:
+        return []
+    lines = [f"It took {len(attempts)} attempts:"]
+    for attempt in attempts:
+        outcome = attempt["note"] or (attempt["verdict"] or {}).get("summary") or "under way"
+        chosen = next((point for point in attempt["curve"] if point["chosen"]), None)
+        seen = f", on validation rows {_seen(chosen)}" if chosen else ""
+        kept = "; this one is the version" if attempt["concluded"] else ""
+        lines.append(f"  {attempt['number']}  {attempt['words']}{seen}: {outcome}{kept}")
+    return lines
+
+
+def _seen(point: dict[str, Any]) -> str:
+    new, change = point["new"] * 100, point["worst_change"] * 100
+    return f"{new:.1f} on the new tasks and {change:+.1f} on {point['worst_task']}"
 
 
 def classification(store: Store, cycle_id: int) -> dict[str, Any]:

@@ -245,6 +245,23 @@ class Gate(Section):
     )
 
 
+class Rescue(Section):
+    """What is tried when a candidate learned but forgot, before it is rejected."""
+
+    attempts: int = Field(
+        3,
+        ge=0,
+        le=10,
+        description="Further candidates at most: blends with the champion, then more protection. 0: none.",
+    )
+    minutes: Positive = Field(
+        120, le=_YEARS * 366 * 24 * 60, description="Minutes that all attempts of a cycle may take together."
+    )
+    probe_rows: Positive = Field(
+        64, description="Validation rows of each task, at most, by which a blend is chosen."
+    )
+
+
 class Schedule(Section):
     """When cycles start by themselves."""
 
@@ -313,6 +330,7 @@ class Settings(BaseSettings):
     splits: Splits = Field(default_factory=Splits)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     gate: Gate = Field(default_factory=Gate)
+    rescue: Rescue = Field(default_factory=Rescue)
     schedule: Schedule = Field(default_factory=Schedule)
     mlflow: Mlflow = Field(default_factory=Mlflow)
     tasks: dict[str, TaskOverride] = Field(default_factory=dict)

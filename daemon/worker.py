@@ -1,7 +1,7 @@
 """The child process in which torch lives: `python -m daemon.worker`, started by `daemon.executor`.
 
-Reads one request a line on standard input, {"stage": "prepare|train|evaluate", "job": {...}}, and writes
-on standard output any number of {"progress": {...}} lines, then {"done": {...}}, {"error": {"type",
+Reads one request a line on standard input, {"stage": "prepare|train|blend|evaluate", "job": {...}}, and
+writes on standard output any number of {"progress": {...}} lines, then {"done": {...}}, {"error": {"type",
 "message"}}, or {"interrupted": true} before it exits with 75. SIGTERM asks for a checkpoint and the end.
 The end of input means that the daemon is gone: the process ends at once, whatever it is doing, and what
 it had begun is continued from the last checkpoint. Libraries are imported by the stage that needs them.
@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from storage.errors import HoldfastError, Interrupted
-from strategies.contract import EvaluateJob, PrepareJob, Progress, TrainJob
+from strategies.contract import BlendJob, EvaluateJob, PrepareJob, Progress, TrainJob
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: try again
 
@@ -104,6 +104,14 @@ def _train(job: dict[str, Any], worker: Worker) -> dict[str, Any]:
     return dict(json.loads(train(TrainJob.from_dict(job), worker.tell, worker.should_stop).to_json()))
 
 
+def _blend(job: dict[str, Any], worker: Worker) -> dict[str, Any]:
+    worker.tell_or_stop(Progress(stage="load", detail="libraries"))
+    from strategies.blend import blend
+
+    blend(BlendJob.from_dict(job), worker.tell_or_stop)
+    return {}
+
+
 def _evaluate(job: dict[str, Any], worker: Worker) -> dict[str, Any]:
     worker.tell_or_stop(Progress(stage="load", detail="libraries"))
     from strategies.evaluation import evaluate
@@ -115,6 +123,7 @@ def _evaluate(job: dict[str, Any], worker: Worker) -> dict[str, Any]:
 STAGES: dict[str, Callable[[dict[str, Any], Worker], dict[str, Any]]] = {
     "prepare": _prepare,
     "train": _train,
+    "blend": _blend,
     "evaluate": _evaluate,
 }
 

@@ -1,4 +1,4 @@
-"""The accuracy matrix as a picture.
+"""The accuracy matrix, and the trade-off between old and new tasks, as pictures.
 
 Knows matplotlib's object interface (no pyplot: no global state, safe in threads) and nothing of
 where pictures go. Names of tasks are only ever text: no mathematics is read into them.
@@ -15,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from numpy import array, ma, nan
+
+from storage.runs import TradeOff
 
 _NUMBERED = 400  # cells; beyond, numbers would be unreadable
 _LABELS = 50  # ticks on an axis
@@ -47,6 +49,23 @@ def heat_map(
     _ticks(axes, rows, columns)
     if len(rows) * len(columns) <= _NUMBERED:
         _numbers(axes, values)
+    return figure
+
+
+def trade_off(curves: Sequence[TradeOff]) -> Figure:
+    """What each blend keeps of the old tasks (across) and knows of the new ones (up); stars were examined."""
+    figure = Figure(figsize=(6.5, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(title="From the champion to the candidate", xlabel="old tasks, validation score")
+    axes.set_ylabel("new tasks, validation score")
+    for curve in curves:
+        (line,) = axes.plot(curve.old, curve.new, marker="o", markersize=4, label=_label(curve.name))
+        for share, old, new in zip(curve.shares, curve.old, curve.new, strict=True):
+            axes.annotate(f"{share:g}", (old, new), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            if share == curve.chosen:
+                axes.plot([old], [new], marker="*", markersize=16, color=line.get_color())
+    axes.legend()
     return figure
 
 

@@ -46,9 +46,11 @@ _STOPPED = frozenset({State.FAILED, State.CANCELLED})
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.REQUESTED: _STOPPED | {State.PULLED, State.NOTHING},
     State.PULLED: _STOPPED | {State.SNAPSHOTTED, State.NOTHING},
-    State.SNAPSHOTTED: _STOPPED | {State.TRAINED},
+    # Straight to evaluated: nothing came of an attempt to rescue, so there is nothing to examine.
+    State.SNAPSHOTTED: _STOPPED | {State.TRAINED, State.EVALUATED},
     State.TRAINED: _STOPPED | {State.EVALUATED},
-    State.EVALUATED: _STOPPED | {State.DECIDED},
+    # Back to snapshotted: the candidate forgot, and the next one is made.
+    State.EVALUATED: _STOPPED | {State.DECIDED, State.SNAPSHOTTED},
     State.DECIDED: _STOPPED | {State.PROMOTED, State.REJECTED},
     State.PROMOTED: frozenset(),
     State.REJECTED: frozenset(),
@@ -153,7 +155,30 @@ class Cycle:
     snapshot: str | None
     version: int | None
     reason: str | None
-    attempts: int
+    attempts: int  # how often its worker died; its candidates are another thing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """What a cycle puts before the gate: first its plain training, then one attempt to rescue it at a time.
+
+    Made by `daemon.rescue`, which says what the kinds mean. `strategy`, `curve` and `verdict` are JSON.
+    """
+
+    cycle_id: int
+    number: int  # from 1
+    kind: str  # train | blend | protect
+    source: int | None  # number of the candidate that it starts from
+    result: str  # result directory, relative to the state directory
+    strategy: str | None  # None: the one in the snapshot
+    created_at: datetime
+    change: str | None = None  # of a training with more protection: what was turned up, in words
+    share: float | None = None  # of a blend: how far from the champion to its source
+    curve: str | None = None  # of a blend: scores on validation rows
+    model: str | None = None  # SHA-256 of its adapter; None: not made
+    passed: bool | None = None  # None: not judged
+    verdict: str | None = None
+    note: str | None = None  # why it was set aside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

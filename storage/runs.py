@@ -34,6 +34,17 @@ class Matrix:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TradeOff:
+    """A curve from the trained candidate (share 1) to the champion (share 0): scores on validation rows."""
+
+    name: str
+    shares: tuple[float, ...]
+    old: tuple[float, ...]  # mean over the old tasks
+    new: tuple[float, ...]  # mean over the new tasks
+    chosen: float | None  # the share that was examined
+
+
+@dataclass(frozen=True, kw_only=True)
 class CycleRecord:
     """Everything that MLflow shows of one cycle. Times are UTC, naive.
 
@@ -58,6 +69,7 @@ class CycleRecord:
     texts: Mapping[str, str] = field(default_factory=dict)  # file name to content
     predictions: Sequence[Mapping[str, Any]] = ()
     matrix: Matrix | None = None
+    trade_off: Sequence[TradeOff] = ()
 
 
 def points(record: CycleRecord) -> list[Point]:
@@ -84,6 +96,8 @@ def write_files(folder: Path, record: CycleRecord) -> None:
         _write(folder, PREDICTIONS, _json(_table(record.predictions)))
     if record.matrix is not None:
         write_matrix(folder, record.matrix)
+    if record.trade_off:
+        _write_trade_off(folder, record.trade_off)
 
 
 def write_matrix(folder: Path, matrix: Matrix) -> None:
@@ -94,6 +108,12 @@ def write_matrix(folder: Path, matrix: Matrix) -> None:
     _write(folder, f"{MATRIX}.json", _json(content))
     picture = png(heat_map(matrix.rows, matrix.columns, matrix.values, matrix.title))
     (folder / f"{MATRIX}.png").write_bytes(picture)
+
+
+def _write_trade_off(folder: Path, curves: Sequence[TradeOff]) -> None:
+    from storage.figures import png, trade_off
+
+    (folder / "trade_off.png").write_bytes(png(trade_off(curves)))
 
 
 def key(name: str) -> str:

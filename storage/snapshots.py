@@ -1,7 +1,8 @@
 """Snapshots: what a cycle trains on and is examined with, frozen in a directory named by its content.
 
-Layout: `train.parquet`, `validation.parquet`, `memory.parquet`, `suites/<n>.parquet`, `snapshot.json`
-(tasks, suites, counts, meta) and `manifest.json`, written last. Knows no database and no model.
+Layout: `train.parquet`, `validation.parquet`, `memory.parquet`, `probe.parquet` (validation rows of every
+task, to choose by; the oldest snapshots have none), `suites/<n>.parquet`, `snapshot.json` (tasks,
+suites, counts, meta) and `manifest.json`, written last. Knows no database and no model.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ class Snapshot:
     info: dict[str, Any] = field(repr=False)
 
     def rows(self, part: str) -> list[SnapshotRow]:
-        """The rows of `train`, `validation` or `memory`."""
+        """The rows of `train`, `validation`, `memory` or `probe`."""
         return read_rows(self.path / f"{part}.parquet")
 
     def suite_path(self, task: str) -> Path:
@@ -60,6 +61,7 @@ def write(
     suites: Mapping[str, FrozenSuite],
     tasks: Sequence[Mapping[str, Any]],
     meta: Mapping[str, Any],
+    probe: Sequence[StoredRow] = (),
 ) -> Snapshot:
     """Write a snapshot below `root`, or find the one with the same content.
 
@@ -68,8 +70,9 @@ def write(
     """
     _check_suites(suites)
     examined = {task: rows for task, (_, _, rows) in suites.items()}
-    _check_splits(train=train, validation=validation, memory=memory, suites=examined)
-    parts = {name: _sorted(rows) for name, rows in _parts(train, validation, memory, examined).items()}
+    _check_splits(train=train, validation=[*validation, *probe], memory=memory, suites=examined)
+    learned = {"train": train, "validation": validation, "memory": memory, "probe": probe}
+    parts = {name: _sorted(rows) for name, rows in {**learned, **_numbered(examined)}.items()}
     info = {
         "tasks": sorted(({**task} for task in tasks), key=lambda task: str(task["name"])),
         "suites": _describe(suites),
@@ -106,15 +109,9 @@ def load(path: str | Path) -> Snapshot:
     return snapshot
 
 
-def _parts(
-    train: Sequence[StoredRow],
-    validation: Sequence[StoredRow],
-    memory: Sequence[StoredRow],
-    suites: Mapping[str, Sequence[StoredRow]],
-) -> dict[str, Sequence[StoredRow]]:
-    """Every file's rows, by its name without the suffix. Task names are any text, so files get numbers."""
-    numbered = {f"suites/{number}": suites[task] for number, task in enumerate(sorted(suites))}
-    return {"train": train, "validation": validation, "memory": memory, **numbered}
+def _numbered(suites: Mapping[str, Sequence[StoredRow]]) -> dict[str, Sequence[StoredRow]]:
+    """Every suite's rows, by its file's name without suffix: task names are any text, files get numbers."""
+    return {f"suites/{number}": suites[task] for number, task in enumerate(sorted(suites))}
 
 
 def _describe(suites: Mapping[str, FrozenSuite]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from storage.errors import IntegrityError, StoreError
 from storage.records import (
     TRANSITIONS,
     Acceptance,
+    Candidate,
     Clock,
     Cursor,
     Cycle,
@@ -274,11 +275,14 @@ class Store:
         version: int | None = None,
         rows: Sequence[tuple[str, str]] = (),
         verdict: tuple[bool, str] | None = None,
+        candidates: Sequence[Candidate] = (),
+        scores: Sequence[Score] = (),
     ) -> Cycle:
         """Record that a cycle has reached a state, with all that belongs to it, in one transaction.
 
         `rows` are (hash, role), roles `train`, `validation` or `replay`; a row given twice keeps its
-        first role. What is None stays as it is. Raises `StoreError` for an arrow that does not exist.
+        first role. `candidates` are new ones, or what became of known ones; `scores` replace earlier ones.
+        What is None stays as it is. Raises `StoreError` for an arrow that does not exist.
         """
         with self._db.transaction():
             before = self._existing_cycle(cycle_id)
@@ -294,16 +298,24 @@ class Store:
                 self._require_passed(cycle_id)
             if rows:
                 self._db.rows("insert_cycle_rows", bulk.with_roles(rows), cycle_id=cycle_id)
+            for candidate in candidates:
+                self._db.rows("put_candidate", **asdict(candidate))
+            self.put_scores(scores)
             told = {"reason": reason, "parent": parent, "snapshot": snapshot, "version": version}
             told = {name: value for name, value in told.items() if value is not None}
             started, finished = before.started_at or now, now if to.ended else None
             after = replace(before, state=to, started_at=started, finished_at=finished, **told)  # type: ignore[arg-type]
             self._db.rows("update_cycle", **asdict(after))
-            self.event(to, cycle_id, **told)
+            made = {"candidate": candidates[-1].number} if candidates else {}
+            self.event(to, cycle_id, **told, **made)
             return after
 
+    def candidates(self, cycle_id: int) -> list[Candidate]:
+        """What the cycle has put before the gate, or will; the last one is being worked on."""
+        return self._db.all(Candidate, "candidates", cycle_id=cycle_id)
+
     def count_attempt(self, cycle_id: int) -> int:
-        """One more start of a cycle's work; how many that makes."""
+        """One more death of the cycle's worker; how many that makes."""
         with self._db.transaction():
             self._existing_cycle(cycle_id)
             return int(self._db.value("count_attempt", id=cycle_id))

@@ -160,8 +160,28 @@ class TrainJob(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlendJob(Record):
+    """`blend`: two training results in, a directory of adapters between them out (`manifest.json` last).
+
+    `shares` say how far each goes from the champion (0) to the candidate (1); the adapter of share 0.3
+    is in `0.3/adapter/`. The hashes make the digest say what was blended, not only where it lay.
+    """
+
+    out: str
+    champion: str  # result directory
+    champion_adapter: str  # SHA-256 of its weights
+    candidate: str
+    candidate_adapter: str
+    shares: tuple[float, ...]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        return cls(**{**values, "shares": tuple(values["shares"])})
+
+
+@dataclass(frozen=True, kw_only=True)
 class SuiteJob(Record):
-    """One suite to be answered: rows in a Parquet file of the snapshot, and the task they belong to."""
+    """Rows to be answered: those in a Parquet file of the snapshot that belong to the task."""
 
     task: Task
     path: str
@@ -280,13 +300,18 @@ class TrainReport(Record):
 class Progress(Record):
     """A line of live progress from the worker. Rates are per second, `left` is in seconds."""
 
-    stage: str  # prepare | load | train | validate | fisher | evaluate
+    stage: str  # prepare | load | train | validate | fisher | blend | evaluate
     step: int = 0
     steps: int = 0
     loss: float | None = None
     rows_per_second: float | None = None
     left: float | None = None
     detail: str = ""
+
+
+def blended(out: str | Path, share: float) -> Path:
+    """Where a `BlendJob` puts the adapter of a share."""
+    return Path(out) / f"{share:g}" / "adapter"
 
 
 def result_files(directory: str | Path) -> dict[str, Path]:

@@ -43,7 +43,7 @@ def evaluate(job: EvaluateJob, on_progress: Callable[[Progress], None]) -> None:
     out = Path(job.out)
     if made_for(out, job.digest):
         return
-    suites = {suite.task.name: (suite, read_rows(Path(suite.path))) for suite in job.suites}
+    suites = {suite.task.name: (suite, _rows(suite)) for suite in job.suites}
     if unknown := [pair for pair in job.plan if pair[0] not in job.models or pair[1] not in suites]:
         raise ValueError(f"the plan names what the job does not hold: {unknown}")
     pace = _Pace(sum(len(suites[task][1]) for _, task in job.plan), on_progress)
@@ -58,6 +58,11 @@ def evaluate(job: EvaluateJob, on_progress: Callable[[Progress], None]) -> None:
                 lines += _examine(base, label, adapter, [suites[t] for t in tasks], job, pace)
     with atomic_dir(out, {"job": job.digest}) as folder:
         pq.write_table(pa.Table.from_pylist(lines, SCHEMA), folder / "predictions.parquet")
+
+
+def _rows(suite: SuiteJob) -> list[SnapshotRow]:
+    """A suite has a file of its own; validation rows of all tasks share one."""
+    return [row for row in read_rows(Path(suite.path)) if row.task == suite.task.name]
 
 
 def answer(

@@ -23,7 +23,7 @@ from storage.errors import Interrupted
 from storage.records import Cycle, State
 from storage.registry import Registry
 from storage.store import Store
-from strategies.contract import EvaluateJob, PreparedBase, PrepareJob, TrainJob, TrainReport
+from strategies.contract import BlendJob, EvaluateJob, PreparedBase, PrepareJob, TrainJob, TrainReport
 from tests.toys import tiny_base
 
 COLOURS = ("red", "green", "blue", "white")
@@ -55,6 +55,13 @@ class InlineExecutor:
             raise
         self.after("train")
         return report
+
+    def blend(self, job: BlendJob, on_progress: OnProgress, stop: Stop) -> None:
+        from strategies.blend import blend
+
+        self._enter("blend")
+        blend(job, on_progress)
+        self.after("blend")
 
     def evaluate(self, job: EvaluateJob, on_progress: OnProgress, stop: Stop) -> None:
         from strategies.evaluation import evaluate

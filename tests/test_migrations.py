@@ -140,3 +140,26 @@ def test_every_query_has_a_name_of_its_own_and_is_used() -> None:
     source = (SQL.parent / "store.py").read_text()
     unused = [name for name in QUERIES if f'"{name}"' not in source]
     assert unused == []
+
+
+def test_cycles_from_before_there_were_candidates_have_their_plain_training(tmp_path: Path) -> None:
+    folder, path = tmp_path / "sql", tmp_path / "old.duckdb"
+    folder.mkdir()
+    shutil.copy(SQL / "001_init.sql", folder)
+    old = Database.open(path, now=NOW, migrations=folder)
+    old.script(
+        "INSERT INTO cycles (id, state, trigger, requested_by, requested_at, snapshot) VALUES "
+        "(1, 'promoted', 'manual', 'ana', '2026-01-01', 's1'), "
+        "(2, 'trained', 'manual', 'ana', '2026-01-02', 's2'), "
+        "(3, 'requested', 'manual', 'ana', '2026-01-03', NULL)"
+    )
+    old.script("INSERT INTO verdicts VALUES (1, true, '{}', '2026-01-01')")
+    old.script("INSERT INTO models VALUES (1, 1, NULL, 'cycles/1/train', 'abc', 'base', '2026-01-01')")
+    old.close()
+    with Store.open(path) as store:
+        done, working = store.candidates(1), store.candidates(2)
+        assert [(c.number, c.kind, c.result, c.model, c.passed) for c in done] == [
+            (1, "train", "cycles/1/train", "abc", True)
+        ]
+        assert [(c.result, c.passed, c.note) for c in working] == [("cycles/2/train", None, None)]
+        assert store.candidates(3) == []

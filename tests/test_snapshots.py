@@ -210,7 +210,7 @@ def test_a_snapshot_is_read_back_whole(tmp_path: Path) -> None:
     written = write(tmp_path)
     loaded = snapshots.load(written.path)
     assert loaded == written
-    assert loaded.info["counts"] == {"train": 3, "validation": 1, "memory": 1}
+    assert loaded.info["counts"] == {"train": 3, "validation": 1, "memory": 1, "probe": 0}
     assert loaded.info["meta"] == {"parent": None, "seed": 0, "tuple": [1, 2]}
     assert loaded.info["tasks"] == TASKS
     assert [row.question for row in loaded.rows("memory")] == ["m"]
@@ -271,3 +271,28 @@ def test_the_suite_hash_covers_exact_texts_and_no_order(tmp_path: Path) -> None:
     assert snapshots.suite_hash([one, two]) == snapshots.suite_hash([two, one])
     assert snapshots.suite_hash([one]) != snapshots.suite_hash([replace(one, question="S")])
     assert snapshots.suite_hash([one]) != snapshots.suite_hash([one, two])
+
+
+# -- the probe ------------------------------------------------------------------------------------
+
+
+def test_probe_rows_are_validation_rows_and_may_be_watched_too(tmp_path: Path) -> None:
+    watched, old = stored("v", split=Split.VALIDATION), stored("w", split=Split.VALIDATION, task="old")
+    written = write(tmp_path, validation=[watched], probe=[watched, old])
+    assert {row.question for row in snapshots.load(written.path).rows("probe")} == {"v", "w"}
+    for split in (Split.TRAIN, Split.SUITE):
+        with pytest.raises(IntegrityError, match="cannot be a validation row"):
+            write(tmp_path, probe=[stored("x", split=split)])
+    assert write(tmp_path).id != written.id
+
+
+def test_a_snapshot_from_before_there_were_probes_still_loads(tmp_path: Path) -> None:
+    written = write(tmp_path)
+    info = {**written.info, "counts": {k: n for k, n in written.info["counts"].items() if k != "probe"}}
+    names = [*info["counts"], "suites/0", "suites/1"]
+    old = snapshots._identify({name: written.rows(name) for name in names}, info)
+    folder = written.path.rename(tmp_path / old)
+    (folder / "probe.parquet").unlink()
+    (folder / "snapshot.json").write_text(json.dumps({"id": old, **info}))
+    write_manifest(folder)
+    assert snapshots.load(folder).id == old

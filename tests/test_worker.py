@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 
+from daemon.executor import Stop, Until, WorkerExecutor
 from storage.artifacts import atomic_dir, is_complete, made_for
+from storage.errors import Cancelled, StageError
 from strategies.checkpoint import INFO
 from strategies.contract import (
+    BlendJob,
     LoraSpec,
     PreparedBase,
     PrepareJob,
@@ -208,6 +211,35 @@ def test_a_base_is_prepared_in_the_worker(children: Children, base: Path, tmp_pa
     child = children.get()
     child.ask("prepare", PrepareJob(base=str(base), out=str(tmp_path / "prepared")))
     assert PreparedBase.from_dict(child.answer()["done"]).parameters > 0
+
+
+def test_adapters_are_blended_in_the_worker_and_one_deadline_ends_its_stages(
+    cycles: tuple[TrainJob, TrainJob], tmp_path: Path
+) -> None:
+    asked = BlendJob(
+        out=str(tmp_path / "out"),
+        champion=cycles[0].out,
+        champion_adapter="one",
+        candidate=cycles[1].out,
+        candidate_adapter="two",
+        shares=(0.5,),
+    )
+    with WorkerExecutor(time_limit=SECONDS) as executor:
+        with pytest.raises(StageError, match="no time left"):
+            executor.blend(asked, lambda progress: None, Until(Stop(), lambda: True, "no time left"))
+        cancelled = Stop()
+        cancelled.request("cancel")
+        with pytest.raises(Cancelled):  # a person comes first
+            executor.blend(asked, lambda progress: None, Until(cancelled, lambda: True, "no time left"))
+        assert not (tmp_path / "out").exists()
+        executor.blend(asked, lambda progress: None, Until(Stop(), lambda: False, "no time left"))
+        assert made_for(asked.out, asked.digest)
+        steps: list[int] = []
+        slow = elsewhere(cycles[1], tmp_path / "slow")
+        midway = Until(Stop(), lambda: 2 in steps, "no time left")
+        with pytest.raises(StageError, match="no time left"):  # checkpointed, as by a shutdown
+            executor.train(slow, lambda progress: steps.append(progress.step), midway)
+        assert not is_complete(slow.out)
 
 
 def test_an_error_reaches_the_daemon_by_name_and_the_worker_lives_on(
