@@ -4,6 +4,7 @@ from strategies.agem import AGem
 from strategies.contract import StrategySpec
 from strategies.der import Der
 from strategies.ewc import Ewc
+from strategies.ewc_lora import EwcLora
 from strategies.joint import Joint
 from strategies.lwf import Lwf
 from strategies.merge import Merge
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "lwf": Lwf,
     "der": Der,
     "ewc": Ewc,
+    "ewc-lora": EwcLora,
     "si": Si,
     "olora": OLora,
 }

@@ -12,6 +12,7 @@ METHODS = {  # name → what it does, in a few words
     "agem": "never step against the gradient of remembered rows",
     "lwf": "keep the champion's opinion of wrong answers",
     "ewc": "hold what mattered to old answers",
+    "ewc-lora": "the same for the product of the adapter's factors",
     "si": "hold what learned the old answers",
     "olora": "a new, orthogonal adapter for each cycle, summed with the old ones",
     "merge": "end between champion and candidate",
@@ -23,6 +24,8 @@ _NEEDS = {"der": "replay"}
 _APART = (
     ("replay", "agem", "both own the memory of rows; choose one"),
     ("ewc", "si", "both hold the same parameters; choose one"),
+    ("ewc", "ewc-lora", "both hold the same parameters; choose one"),
+    ("ewc-lora", "si", "both hold the same parameters; choose one"),
     ("olora", "ewc", "the adapter grows, and importances of the old shape do not fit it"),
     ("olora", "si", "the adapter grows, and importances of the old shape do not fit it"),
     ("olora", "merge", "the adapter grows, and cannot be averaged with a smaller one"),

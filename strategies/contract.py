@@ -111,13 +111,19 @@ class StrategySpec(Record):
     """Which methods protect old skills. `methods` is empty for naive fine-tuning."""
 
     methods: tuple[str, ...] = ("replay", "ewc")
-    replay_size: int = 1000  # rows kept over all past tasks
+    replay_size: int = 1000  # rows kept over all past tasks, at most
+    replay_share: float = 1.0  # and at most this share of all rows seen so far
     replay_ratio: float = 0.5  # replayed rows for each new row, in every epoch
-    replay_policy: str = "balanced"  # balanced | reservoir
-    ewc_lambda: float = 1000.0
+    replay_policy: str = "balanced"  # balanced | reservoir | hardest | spaced
+    der_weight: float = 0.5
+    lwf_weight: float = 0.5
+    merge_weight: float = 0.7  # 1: the trained adapter, 0: the champion
+    olora_lambda: float = 0.5
+    si_lambda: float = 1.0  # price of losing all that was learned, in nats times two; EWC's means the same
+    ewc_lambda: float = 1.0
     ewc_mode: str = "separate"  # separate | online
     ewc_decay: float = 0.9  # online only: weight of the past when a new Fisher is added
-    fisher_rows: int = 128  # rows whose gradients estimate the Fisher information of an experience
+    fisher_rows: int = 32  # rows whose gradients estimate the Fisher information of an experience
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -5,6 +5,7 @@
 Kirkpatrick et al. 2017 (arXiv 1612.00796), summed over past experiences t as Huszár 2018
 (arXiv 1712.03847) derives it. 'online' is Schwarz et al. 2018 (arXiv 1805.06370): one anchor, the last
 parameters, and an importance that fades, F* ← γF* + F. Only parameters that train are read or held.
+Each F is scaled (`strategies.quadratic.relative`), so that λ means the same on every model.
 """
 
 from collections.abc import Sequence
@@ -12,35 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
-from storage.errors import IntegrityError, NonFiniteLoss
+from storage.errors import NonFiniteLoss
 from strategies import quadratic
 from strategies.batches import Example, collate, nll
-from strategies.contract import Progress, StrategySpec
+from strategies.contract import Progress
+from strategies.method import Method
 from strategies.model import trainable
-from strategies.quadratic import Quadratic
+from strategies.quadratic import Quadratic, check_fit, relative
 from strategies.replay_memory import priority
 
 
-class Ewc(SupervisedPlugin):
+class Ewc(Method):
     """State: one quadratic, however many experiences it stands for."""
 
     file = "ewc.safetensors"
 
-    def __init__(self, spec: StrategySpec, seed: int) -> None:
-        super().__init__()
-        self.spec = spec
-        self.seed = seed
-        self.past: Quadratic | None = None
-        self.notes: list[str] = []
+    past: Quadratic | None = None
 
     @property
     def online(self) -> bool:
         return self.spec.ewc_mode == "online"
 
     def load(self, state: Path) -> None:
+        super().load(state)
         path = state / self.file
         self.past = quadratic.load(path) if path.exists() else None
 
@@ -51,7 +48,7 @@ class Ewc(SupervisedPlugin):
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         if self.past is None:
             return
-        _check_fit(self.past, trainable(strategy.model))
+        check_fit(self.past, trainable(strategy.model), "ewc")
         self.past = self.past.to(strategy.device)
         if self.online:
             self.past = self.past.faded(self.spec.ewc_decay)
@@ -63,8 +60,8 @@ class Ewc(SupervisedPlugin):
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         rows = choose(strategy.experience.new, self.spec.fisher_rows, self.seed)
-        fisher = fisher_information(strategy, rows)
         anchor = {name: p.detach().clone() for name, p in trainable(strategy.model).items()}
+        fisher = relative(fisher_information(strategy, rows), anchor)
         if self.past is None:
             self.past = Quadratic(curvature=fisher, centre=anchor)
         elif self.online:
@@ -103,11 +100,3 @@ def choose(rows: Sequence[Example], count: int, seed: int) -> list[Example]:
     """The rows that stand for an experience; their content and the seed decide."""
     return sorted(rows, key=lambda row: (priority(seed, row.row_hash), row.row_hash))[:count]
 
-
-def _check_fit(past: Quadratic, parameters: dict[str, Any]) -> None:
-    expected = {name: p.shape for name, p in parameters.items()}
-    if expected != {name: h.shape for name, h in past.curvature.items()}:
-        raise IntegrityError(
-            "the EWC state belongs to an adapter of another shape; roll back to a version that has both, "
-            "or take ewc out of strategy.name"
-        )

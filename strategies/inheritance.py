@@ -11,16 +11,19 @@ from pathlib import Path
 
 from torch.nn import Module
 
-from strategies import replay_memory
+from strategies import replay_memory, replay_policies
 from strategies.batches import Example
 from strategies.contract import TrainJob, TrainReport, result_files
-from strategies.model import Base, follows_targets, fresh_adapter, with_adapter
+from strategies.model import Base, follows_targets, fresh_adapter, grown_adapter, with_adapter
+from strategies.replay import room, seen
 
 
 def adapter(base: Base, job: TrainJob) -> Module:
     """The parent's adapter, or a fresh one that changes nothing yet; trainable."""
-    if job.parent is None:
+    if job.parent is None or "joint" in job.strategy.methods:
         return fresh_adapter(base, job.lora, job.train.seed)
+    if "olora" in job.strategy.methods:
+        return grown_adapter(base, result_files(job.parent)["adapter"], job.lora, job.train.seed)
     return with_adapter(base, result_files(job.parent)["adapter"], trainable=True)
 
 
@@ -36,9 +39,8 @@ def carry_state(job: TrainJob, into: Path, *, but: Collection[str], new: Sequenc
             shutil.copy2(path, into / path.name)
     memory = replay_memory.load(into)
     if memory is not None:
-        rows = [(row.row_hash, row.task) for row in new]
-        spec = job.strategy
-        replay_memory.save(memory.updated(rows, size=spec.replay_size, policy=spec.replay_policy), into)
+        spec, rows = job.strategy, [seen(row) for row in new]
+        replay_memory.save(replay_policies.after(memory, rows, room(spec), spec.replay_policy), into)
 
 
 def notes(job: TrainJob, model: Module, files: dict[str, str]) -> list[str]:
@@ -55,7 +57,8 @@ def notes(job: TrainJob, model: Module, files: dict[str, str]) -> list[str]:
             said.append(f"{method} begins with this cycle and knows nothing of earlier ones")
         elif method not in before.split("+") and file != replay_memory.FILE:
             said.append(f"{method} was at rest and knows nothing of the cycles that were learned meanwhile")
-    return said + _lora_notes(job, model)
+    grows = {"olora", "joint"} & set(job.strategy.methods)
+    return said if grows else said + _lora_notes(job, model)
 
 
 def _lora_notes(job: TrainJob, model: Module) -> list[str]:

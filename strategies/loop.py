@@ -23,8 +23,8 @@ from torch.nn.utils import clip_grad_norm_
 from storage import artifacts
 from storage.errors import IntegrityError, Interrupted, NonFiniteLoss
 from strategies import catalogue, checkpoint, inheritance, result
-from strategies.batches import IGNORED, Batch, answer_logits, collate, nll
-from strategies.catalogue import Method
+from strategies.batches import IGNORED, Batch, Example, answer_logits, collate, nll
+from strategies.method import Method
 from strategies.checkpoint import Checkpoints, Course
 from strategies.contract import CurvePoint, Progress, TrainJob, TrainReport, TrainSpec, result_files
 from strategies.experience import LanguageExperience, Loader, Step, read_experience
@@ -76,6 +76,8 @@ class Learner(SGDUpdate, BaseSGDTemplate):
         self.replay_rows = 0  # in an epoch
         self.rehearsed: set[str] = set()  # remembered rows that were drawn
         self.last_pass = False
+        self.examples: Sequence[Example] = ()  # of the pass
+        self.methods = {type(method).__name__: method for method in methods}
         self._saved: dict[str, Tensor] | None = None
         self._mark, self._cpu_mark = time.monotonic(), time.process_time()
         self._begun_at = (0, 0.0)  # steps and seconds when this process took over
@@ -83,7 +85,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
     # For methods.
 
     def penalise(self, term: Tensor) -> None:
-        """Adds a method's term to the loss of the step. Call it in `before_backward`, on one pass."""
+        """Adds a method's term to the loss of the step. Call it in `before_backward`."""
         self.loss = self.loss + term
         self.penalty = self.penalty + term.detach()
 
@@ -137,6 +139,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
         self.optimizer.zero_grad()
         for n, examples in enumerate(step.passes):
             self.last_pass = n == len(step.passes) - 1
+            self.examples = examples
             self.mbatch = collate(examples, self.base.prompter.pad_id).to(self.device)
             self.loss = self._make_empty_loss()
             self._before_forward(**kwargs)
@@ -265,6 +268,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
             "best": self.best,
             "optimizer": checkpoint.optimizer_tensors(self.optimizer, dict(parameters)),
             "random": checkpoint.random_states(self.device),
+            "methods": {f"{name}/{k}": t for name, m in self.methods.items() for k, t in m.midway().items()},
         }
         self.count_time()
         tensors = {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
@@ -278,6 +282,8 @@ class Learner(SGDUpdate, BaseSGDTemplate):
             saved = checkpoint.under("optimizer/", self._saved)
             checkpoint.restore_optimizer(self.optimizer, parameters, saved)
             self.best = {n: t.to(self.device) for n, t in checkpoint.under("best/", self._saved).items()}
+            for name, method in self.methods.items():
+                method.resume(checkpoint.under(f"methods/{name}/", self._saved))
             checkpoint.restore_random_states(checkpoint.under("random/", self._saved), self.device)
             self._saved = None
         self._mark, self._cpu_mark = time.monotonic(), time.process_time()

@@ -10,12 +10,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch.nn import Module, Parameter
@@ -133,6 +134,47 @@ def with_adapter(base: Base, folder: Path, *, trainable: bool) -> PeftModel:
         model.unload()
         raise ModelError(f"the adapter in {folder} is not whole or of another base: {min(different)}")
     return model
+
+
+def grown_adapter(base: Base, folder: Path, lora: LoraSpec, seed: int) -> PeftModel:
+    """A saved adapter beside a fresh one of `lora.rank`, as one adapter that changes nothing more yet.
+
+    BA + B'A' = [B, B'] [A; A']; alpha grows with the rank, so that the scale of the old one stays.
+    """
+    old = with_adapter(base, folder, trainable=False)
+    config, weights = old.peft_config["default"], get_peft_model_state_dict(old)
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
+    old.unload()
+    rank, alpha = config.r + lora.rank, config.lora_alpha * (config.r + lora.rank) / config.r
+    if alpha != round(alpha):
+        raise ModelError(f"lora.rank = {lora.rank} does not fit beside an adapter of rank {config.r}")
+    grown = fresh_adapter(base, replace(lora, rank=rank, alpha=round(alpha)), seed)
+    with torch.no_grad():
+        for name, tensor in get_peft_model_state_dict(grown).items():
+            part = tensor[: config.r] if ".lora_A." in name else tensor[:, : config.r]
+            part.copy_(weights[name])
+    return grown
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraLayer:
+    """A linear layer with its adapter: y = Wx + scaling · B A x."""
+
+    module: Module
+    a: Parameter  # [r, in]
+    b: Parameter  # [out, r]
+    scaling: float
+
+
+def lora_layers(model: Module) -> dict[str, LoraLayer]:
+    """The adapted layers by name, in a fixed order."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            adapter = module.active_adapters[0]
+            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+            found[name] = LoraLayer(module=module, a=a, b=b, scaling=module.scaling[adapter])
+    return found
 
 
 def without_adapter(model: PeftModel) -> Module:

@@ -62,6 +62,23 @@ class Quadratic:
         )
 
 
+def relative(curvature: Tensors, centre: Tensors) -> dict[str, Tensor]:
+    """Curvature scaled so that Σ H m² is 1: a penalty λ/2 Σ H(θ−m)² then costs λ/2 when all is lost (θ = 0),
+    whatever the model, its gradients and its number of parameters."""
+    whole = sum(float((h * centre[name].square()).sum(dtype=torch.float64)) for name, h in curvature.items())
+    return {name: h / whole for name, h in curvature.items()} if whole > 0 else dict(curvature)
+
+
+def check_fit(past: Quadratic, parameters: Mapping[str, Tensor], method: str) -> None:
+    """Raises `IntegrityError` when the state belongs to other parameters."""
+    expected = {name: p.shape for name, p in parameters.items()}
+    if expected != {name: h.shape for name, h in past.curvature.items()}:
+        raise IntegrityError(
+            f"the {method.upper()} state belongs to an adapter of another shape; roll back to a version that has "
+            f"both, or take {method} out of strategy.methods"
+        )
+
+
 def save(quadratic: Quadratic, path: Path) -> None:
     tensors = {f"curvature/{name}": h.detach().cpu().contiguous() for name, h in quadratic.curvature.items()}
     tensors |= {f"centre/{name}": m.detach().cpu().contiguous() for name, m in quadratic.centre.items()}

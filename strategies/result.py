@@ -10,7 +10,8 @@ from torch.nn import Module
 
 from strategies import inheritance
 from strategies.batches import Example
-from strategies.catalogue import Method
+from strategies.method import Method
+from strategies.catalogue import METHODS
 from strategies.checkpoint import Course
 from strategies.contract import TrainJob, TrainReport, result_files
 from strategies.model import save_adapter, trainable
@@ -31,7 +32,7 @@ def write(
     parts = result_files(folder)
     save_adapter(model, parts["adapter"])
     parts["state"].mkdir()
-    inheritance.carry_state(job, parts["state"], but=[method.file for method in methods], new=new)
+    inheritance.carry_state(job, parts["state"], but=[method.file for method in methods if method.file], new=new)
     for method in methods:
         method.save(parts["state"])
     report = TrainReport(
@@ -63,7 +64,7 @@ def _last_epoch_loss(course: Course) -> float:
 
 
 def _notes(job: TrainJob, model: Module, methods: Sequence[Method], course: Course) -> tuple[str, ...]:
-    files = dict(zip(job.strategy.methods, (method.file for method in methods), strict=True))
+    files = {name: METHODS[name].file for name in job.strategy.methods if METHODS[name].file}
     said = [
         *course.notes,
         *inheritance.notes(job, model, files),
