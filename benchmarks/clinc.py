@@ -19,7 +19,6 @@ from typing import Any
 from benchmarks import stream, tables
 from benchmarks.clinc_rows import Sizes, load_stream
 from benchmarks.stream import Bot, Outcome, RunningDaemon
-from storage.errors import HoldfastError
 from storage.rows import Row
 
 
@@ -127,7 +126,10 @@ _HOW = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    stream.end_on_sigterm()
+    return stream.to_its_end(lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> int:
     plan = Plan(
         sizes=Sizes(options.domains, options.rows, options.validation, options.suite),
         seed=options.seed,
@@ -136,15 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         base=options.base,
         changes=dict(map(stream.parse_change, options.set)),
     )
-    try:
-        outcomes = _run(options, plan)
-    except HoldfastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues where it was", file=sys.stderr)
-        return 130
-    found = results(outcomes, plan, _again(options))
+    found = results(_run(options, plan), plan, _again(options))
     (options.out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
     print("\n" + tables.markdown(found))
     if options.markdown:

@@ -3,7 +3,6 @@
 Reads files only; which rows are taken depends on their ids, the sizes and the seed, and on nothing else.
 """
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,14 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from storage.errors import HoldfastError
+from benchmarks.sampling import FIRST_DAY, MissingData, balanced
 from storage.rows import SPLIT_NAMES, Row, Split
-
-FIRST_DAY = datetime(2026, 3, 2)
-
-
-class MissingData(HoldfastError):
-    """The CLINC150 rows are not where --data says."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +35,21 @@ def load_stream(folder: Path, sizes: Sizes, *, seed: int) -> list[list[Row]]:
     """
     lines = _read(folder)
     order = list(dict.fromkeys(line["task"] for line in lines))[: sizes.domains]
-    groups: dict[tuple[str, Split], list[dict[str, str]]] = defaultdict(list)
+    days = {domain: FIRST_DAY + timedelta(days=day) for day, domain in enumerate(order)}
+    groups: dict[tuple[str, Split], list[Row]] = defaultdict(list)
     for line in lines:
-        groups[line["task"], SPLIT_NAMES[line["split"]]].append(line)
+        if line["task"] in days:
+            split = SPLIT_NAMES[line["split"]]
+            groups[line["task"], split].append(_row(line, split, days[line["task"]]))
     return [
         [
-            _row(line, split, FIRST_DAY + timedelta(days=day))
+            row
             for split in Split
-            for line in _balanced(
-                groups[domain, split], sizes.of(split), seed, f"{domain} has {{}} {split} rows"
+            for row in balanced(
+                _enough(groups[domain, split], sizes.of(split), domain, split), sizes.of(split), seed
             )
         ]
-        for day, domain in enumerate(order)
+        for domain in order
     ]
 
 
@@ -81,22 +77,12 @@ def _read(folder: Path) -> list[dict[str, str]]:
     ]
 
 
-def _balanced(lines: Sequence[dict[str, str]], size: int, seed: int, told: str) -> list[dict[str, str]]:
-    """`size` lines, round and round the classes; which ones depends on ids and the seed alone."""
-    if len(lines) < size:
+def _enough(rows: Sequence[Row], size: int, domain: str, split: Split) -> Sequence[Row]:
+    if len(rows) < size:
         raise MissingData(
-            f"{told.format(len(lines))}, {size} are wanted; lower --rows, --validation or --suite"
+            f"{domain} has {len(rows)} {split} rows, {size} are wanted; lower --rows, --validation or --suite"
         )
-    classes: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for line in sorted(lines, key=lambda line: _shuffled(seed, line["id"])):
-        classes[line["answer"]].append(line)
-    order = sorted(classes, key=lambda name: _shuffled(seed, name))
-    rounds = range(max((len(members) for members in classes.values()), default=0))
-    return [classes[name][n] for n in rounds for name in order if n < len(classes[name])][:size]
-
-
-def _shuffled(seed: int, name: str) -> str:
-    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
+    return rows
 
 
 def _row(line: dict[str, str], split: Split, day: datetime) -> Row:

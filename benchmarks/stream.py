@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -230,6 +230,19 @@ class RunningDaemon:
 def end_on_sigterm() -> None:
     """SIGTERM ends this program as Ctrl-C does, so that the daemon it started is stopped too."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def to_its_end(run: Callable[[], int]) -> int:
+    """A resumable command: its exit code, or what a user's mistake or a stop makes of it."""
+    end_on_sigterm()
+    try:
+        return run()
+    except HoldfastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues where it was", file=sys.stderr)
+        return 130
 
 
 def stop_daemon(bot: Bot) -> None:

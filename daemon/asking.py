@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from daemon import examination, experience
 from daemon.commands import prepared
 from daemon.settings import Settings
+from storage import snapshots
 from storage.errors import ControlError
 from strategies.contract import Metric, ModelSpec, Task, TaskKind
 
@@ -60,7 +61,7 @@ def questions() -> Iterator[str]:
 
 def _spec(settings: Settings, serving: dict[str, Any]) -> ModelSpec:
     if serving["snapshot"]:
-        return examination.specs(settings.state_dir / "snapshots" / serving["snapshot"]).model
+        return examination.specs(snapshots.load(settings.state_dir / "snapshots" / serving["snapshot"])).model
     return experience.model_spec(settings, prepared(settings))
 
 

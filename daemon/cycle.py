@@ -161,7 +161,7 @@ class CycleRunner:
         candidate, stop = self._candidate(cycle, stop)
         if candidate.kind == rescue.Kind.BLEND:
             return self._blend(cycle, stop)
-        specs = examination.specs(self._snapshot_of(cycle))
+        specs = examination.specs(snapshots.load(self._snapshot_of(cycle)))
         result = self._result(candidate)
         parent = None
         if cycle.parent is not None:
@@ -181,7 +181,7 @@ class CycleRunner:
         took = f"{report.steps} steps, {report.seconds:.0f} s"
         told = f"{report.rows} rows in {took}, loss {report.final_loss:.4f}"
         log.info("trained: %s", told, extra=_action("trained", cycle))
-        made = replace(candidate, model=examination.model_key(result_files(result)["adapter"], ""))
+        made = replace(candidate, model=examination.adapter_hash(result_files(result)["adapter"]))
         return self.store.advance(cycle.id, State.TRAINED, reason=told, candidates=[made])
 
     def _blend(self, cycle: Cycle, stop: Stop) -> Cycle:

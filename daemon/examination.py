@@ -63,8 +63,8 @@ class Session:
     job: EvaluateJob
 
 
-def specs(snapshot_path: Path) -> Specs:
-    meta = snapshots.load(snapshot_path).info["meta"]
+def specs(snapshot: Snapshot) -> Specs:
+    meta = snapshot.info["meta"]
     return Specs(
         model=ModelSpec.from_dict(meta["model"]),
         lora=LoraSpec.from_dict(meta["lora"]),
@@ -125,7 +125,7 @@ def _session(
     adapters: Mapping[str, Path | None],
     out: Path,
 ) -> Session:
-    spec = specs(snapshot.path)
+    spec = specs(snapshot)
     tasks = [Task.from_dict(task) for task in snapshot.info["tasks"] if task["name"] in papers]
     exams = tuple(_exam(task, papers[task.name], spec.model, spec.max_new_tokens) for task in tasks)
     models = {label: model_key(path, spec.model.fingerprint) for label, path in adapters.items()}
@@ -213,6 +213,11 @@ def model_key(adapter: Path | None, fingerprint: str) -> str:
     """Identity of a model in the store: what it would answer with, not where it lies."""
     if adapter is None:
         return f"base:{fingerprint}"
+    return adapter_hash(adapter)
+
+
+def adapter_hash(adapter: Path) -> str:
+    """SHA-256 of an adapter's weights."""
     return artifacts.sha256_file(adapter / "adapter_model.safetensors")
 
 

@@ -87,7 +87,7 @@ class Verdict(Record):
 def judge(suites: Sequence[SuiteScores], thresholds: Thresholds, *, seed: int = 0) -> Verdict:
     """The verdict on a candidate. Same input and seed, same verdict."""
     judged = tuple(_judge_suite(suite, thresholds, seed) for suite in suites)
-    speaking = [s for s in judged if s.finding not in (Finding.TOO_FEW_ROWS, Finding.NO_SIGNAL)]
+    speaking = _speaking(judged)
     new = [s for s in speaking if s.new]
     gain = sum(s.change for s in new) / len(new) if new else None
 
@@ -114,10 +114,14 @@ def summary_of(verdict: str) -> str:
 def worth_rescuing(verdict: Verdict) -> bool:
     """Whether the candidate learned enough and was refused for nothing but what it forgot."""
     limits = verdict.thresholds
-    speaking = [s for s in verdict.suites if s.finding not in (Finding.TOO_FEW_ROWS, Finding.NO_SIGNAL)]
     other_reasons = _missing_thresholds(limits)
-    other_reasons += _too_small_gain([s for s in speaking if s.new], verdict.gain, limits)
+    other_reasons += _too_small_gain([s for s in _speaking(verdict.suites) if s.new], verdict.gain, limits)
     return not verdict.passed and not other_reasons
+
+
+def _speaking(suites: Sequence[SuiteVerdict]) -> list[SuiteVerdict]:
+    """Those that have a say."""
+    return [s for s in suites if s.finding not in (Finding.TOO_FEW_ROWS, Finding.NO_SIGNAL)]
 
 
 def paired_bootstrap(

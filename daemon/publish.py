@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from daemon import report, rescue
+from daemon import examination, report, rescue
 from daemon.promote import CHALLENGER
 from daemon.settings import Settings
 from storage import artifacts, snapshots
@@ -96,7 +96,7 @@ def _record(
         matrix=Matrix(columns=table.tasks, rows=table.rows, values=table.values),
         trade_off=_trade_off(told["attempts"]),
         adapter_dir=result["adapter"],
-        adapter_hash=artifacts.sha256_file(result["adapter"] / "adapter_model.safetensors"),
+        adapter_hash=examination.adapter_hash(result["adapter"]),
         state_dir=result["state"],
         model_config=_model_config(info),
         version_tags={

@@ -39,13 +39,7 @@ class Matrix(Record):
         learned = [j for j, row in enumerate(self.learned_at) if row is not None]
         values = [[line[j] for j in learned] for line in self.values]
         when = [row for row in self.learned_at if row is not None]
-        found = {
-            "average_accuracy": metrics.average_accuracy(values, when),
-            "backward_transfer": metrics.backward_transfer(values, when),
-            "forgetting": metrics.forgetting(values, when),
-            "forward_transfer": metrics.forward_transfer(values, when),
-            "learning_accuracy": metrics.learning_accuracy(values, when),
-        }
+        found = metrics.measured(values, when)
         return {name: value for name, value in found.items() if value is not None}
 
 

@@ -183,13 +183,12 @@ def blend(
     if choice.share is None:
         return replace(current, curve=curve.to_json(), note=choice.why)
     _settle(result, job, choice)
-    adapter = artifacts.sha256_file(result_files(result)["adapter"] / "adapter_model.safetensors")
+    adapter = examination.adapter_hash(result_files(result)["adapter"])
     return replace(current, curve=curve.to_json(), share=choice.share, model=adapter)
 
 
 def _blend_job(champion: Path, source: Path, out: Path) -> BlendJob:
-    adapters = [result_files(end)["adapter"] / "adapter_model.safetensors" for end in (champion, source)]
-    hashes = [artifacts.sha256_file(adapter) for adapter in adapters]
+    hashes = [examination.adapter_hash(result_files(end)["adapter"]) for end in (champion, source)]
     return BlendJob(
         out=str(out),
         champion=str(champion),

@@ -8,7 +8,7 @@ Sources: GEM (Lopez-Paz & Ranzato 2017, arXiv 1706.08840, section 2) and RWalk (
 arXiv 1801.10112, section 3).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 Matrix = Sequence[Sequence[float | None]]
 
@@ -58,6 +58,20 @@ def intransigence(matrix: Matrix, learned_at: Sequence[int], joint: Sequence[flo
     """I_k = a*_k − R[k, k], averaged (RWalk, section 3): what learning one at a time costs a task
     against `joint`, a model trained on everything at once."""
     return _mean(_minus(joint[j], matrix[row][j]) for j, row in enumerate(learned_at))
+
+
+METRICS: dict[str, Callable[[Matrix, Sequence[int]], float | None]] = {
+    "average_accuracy": average_accuracy,
+    "backward_transfer": backward_transfer,
+    "forgetting": forgetting,
+    "forward_transfer": forward_transfer,
+    "learning_accuracy": learning_accuracy,
+}
+
+
+def measured(matrix: Matrix, learned_at: Sequence[int]) -> dict[str, float | None]:
+    """All that a matrix can tell by itself."""
+    return {name: metric(matrix, learned_at) for name, metric in METRICS.items()}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

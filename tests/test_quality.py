@@ -14,10 +14,12 @@ from benchmarks.quality.learning import Work
 from benchmarks.quality.plan import Choice, Places, Plan
 from benchmarks.quality.records import RunRecord
 from benchmarks.quality.run import run
-from benchmarks.quality.streams import Stream, balanced
+from benchmarks.quality.streams import Stream
 from benchmarks.quality.summary import MixedRecords, boards, growth
+from benchmarks.sampling import balanced
 from storage.errors import Interrupted
 from storage.rows import Row, Split
+from strategies.metrics import measured
 from strategies.text import Prompter
 from tests.trainings import StopAfter
 
@@ -277,7 +279,7 @@ def told(name: str, accuracy: float, seconds: float, *, memory: int = 0, seed: i
         tasks=("skill 0", "skill 1"),
         learned_at=(1, 2),
         matrix=matrix,
-        metrics=records.measured(matrix, (1, 2)),
+        metrics=measured(matrix, (1, 2)),
         lessons=(lesson, replace(lesson, rows_seen=200)),
         settings={"train": {"epochs": 2, "batch_size": 4}},
         hardware="2 cores",

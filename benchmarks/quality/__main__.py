@@ -18,23 +18,14 @@ from benchmarks.contenders import CONTENDERS
 from benchmarks.quality import pages, plan, records, synthetic, work
 from benchmarks.quality.learning import Work
 from benchmarks.quality.plan import ORDERS, PRESETS, TINY, Choice, Places, Plan
-from benchmarks.stream import end_on_sigterm, parse_change
-from storage.errors import HoldfastError
+from benchmarks.stream import parse_change, to_its_end
 from strategies.base import prepare
 from strategies.contract import ModelSpec, PrepareJob
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    end_on_sigterm()
-    try:
-        return _run(options)
-    except HoldfastError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues where it was", file=sys.stderr)
-        return 130
+    return to_its_end(lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:

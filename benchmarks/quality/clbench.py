@@ -10,7 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.clinc_rows import Sizes
-from benchmarks.quality.streams import FIRST_DAY, Experience, MissingData, Stream, balanced
+from benchmarks.quality.streams import Experience, Stream
+from benchmarks.sampling import FIRST_DAY, MissingData, balanced
 from storage.rows import Row, Split, derive_split
 
 # O-LoRA's fifteen-task orders 4 and 6 (its table of task sequences), of which these six tasks are kept.

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.clinc_rows import Sizes, load_stream
-from benchmarks.quality.streams import Experience, Stream, by_split, shuffled
+from benchmarks.quality.streams import Experience, Stream, by_split
+from benchmarks.sampling import shuffled
 from storage.rows import Row, Split
 
 ORDERS = ("given", "shuffled")

@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.clinc_rows import Sizes
 from benchmarks.contenders import CONTENDERS, Contender
 from benchmarks.quality import clbench, clinc, synthetic
-from benchmarks.quality.streams import MissingData, Stream
+from benchmarks.quality.streams import Stream
+from benchmarks.sampling import MissingData
 from storage.errors import HoldfastError
 from strategies.contract import LoraSpec, Record, StrategySpec, TrainSpec
 

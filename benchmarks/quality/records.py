@@ -9,17 +9,9 @@ from typing import Any
 from benchmarks.quality.plan import Plan
 from storage.artifacts import write_file
 from storage.errors import IntegrityError
-from strategies import metrics
 from strategies.contract import Record
 
 FOLDER = Path(__file__).resolve().parent.parent / "records"
-METRICS = {
-    "average_accuracy": metrics.average_accuracy,
-    "backward_transfer": metrics.backward_transfer,
-    "forgetting": metrics.forgetting,
-    "learning_accuracy": metrics.learning_accuracy,
-    "forward_transfer": metrics.forward_transfer,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +70,6 @@ class RunRecord(Record):
                 "lessons": tuple(Lesson.from_dict(lesson) for lesson in values["lessons"]),
             }
         )
-
-
-def measured(matrix: Sequence[Sequence[float | None]], learned_at: Sequence[int]) -> dict[str, float | None]:
-    """All metrics of an accuracy matrix."""
-    return {name: metric(matrix, learned_at) for name, metric in METRICS.items()}
 
 
 def matrix(

@@ -40,6 +40,7 @@ from strategies.contract import (
     result_files,
 )
 from strategies.evaluation import evaluate
+from strategies.metrics import measured
 
 LEARNS: dict[str, Learns] = {"": holdfast, "peft": stock_peft.learn, "avalanche": stock_avalanche.learn}
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
@@ -81,7 +82,7 @@ def _measure(work: Work, stream: Stream, should_stop: ShouldStop, say: Callable[
         tasks=tuple(stream.tasks),
         learned_at=tuple(stream.learned_at),
         matrix=matrix,
-        metrics=records.measured(matrix, stream.learned_at),
+        metrics=measured(matrix, stream.learned_at),
         extras=extras,
         lessons=tuple(lessons),
     )
@@ -211,10 +212,6 @@ class _Watch:
 
 def _by_hash(row: StoredRow) -> str:
     return row.hash
-
-
-def _silent(progress: Progress) -> None:
-    """Nobody watches single steps."""
 
 
 @contextmanager

@@ -4,22 +4,13 @@ Pure records and functions on rows. Every stream passes through `Stream.tidy`, s
 trained on and examined, and an answer that was changed is never offered again.
 """
 
-import hashlib
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 
-from storage.errors import HoldfastError
+from benchmarks.sampling import FIRST_DAY
 from storage.records import StoredRow
 from storage.rows import Row, Split
 from strategies.contract import Metric, Task, TaskKind
-
-FIRST_DAY = datetime(2026, 3, 2)
-
-
-class MissingData(HoldfastError):
-    """The rows of the stream are not where the command says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,21 +105,6 @@ def labels_task(stream: Stream, task: str) -> Task:
 
 def free_task(name: str) -> Task:
     return Task(name=name, kind=TaskKind.FREE, metric=Metric.EXACT_MATCH)
-
-
-def balanced(rows: Sequence[Row], size: int, seed: int) -> list[Row]:
-    """At most `size` rows, round and round the answers; which ones depends on ids and seed alone."""
-    classes: dict[str, list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: shuffled(seed, row.id)):
-        classes[row.answer].append(row)
-    order = sorted(classes, key=lambda name: shuffled(seed, name))
-    rounds = range(max(map(len, classes.values()), default=0))
-    return [classes[name][n] for n in rounds for name in order if n < len(classes[name])][:size]
-
-
-def shuffled(seed: int | str, name: str) -> str:
-    """A place in an order that nobody chose."""
-    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
 def stored(row: Row) -> StoredRow:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from benchmarks.clinc_rows import Sizes
 from benchmarks.quality.clinc import renaming
-from benchmarks.quality.streams import FIRST_DAY, Experience, Stream, shuffled
+from benchmarks.quality.streams import Experience, Stream
+from benchmarks.sampling import FIRST_DAY, shuffled
 from storage.rows import Row, Split
 from strategies.contract import ModelSpec
 
