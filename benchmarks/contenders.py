@@ -31,6 +31,11 @@ class Contender:
         )
 
 
+def _small(*methods: str, **changes: Any) -> dict[str, Any]:
+    """With a memory of 5 % of the rows seen."""
+    return {"methods": methods, "replay_share": 0.05, **changes}
+
+
 _ALL = (
     Contender(name="naive", about="goes on training on the new rows alone"),
     Contender(
@@ -41,12 +46,43 @@ _ALL = (
         about="half as many remembered rows as new ones in every epoch, at most 1000 kept",
         strategy={"methods": ("replay",)},
     ),
-    Contender(name="ewc", about="EWC on the LoRA factors", strategy={"methods": ("ewc",)}),
     Contender(
-        name="replay+ewc",
-        about="both, the daemon's default",
-        strategy={"methods": ("replay", "ewc")},
+        name="replay5",
+        about="the same with a memory of at most 5 % of the rows seen, as all that follow have it",
+        strategy=_small("replay"),
     ),
+    Contender(name="replay5+der", about="and what the model thought of them", strategy=_small("replay", "der")),
+    Contender(
+        name="replay5+lwf", about="and the champion's opinion of new rows", strategy=_small("replay", "lwf")
+    ),
+    Contender(
+        name="replay5+merge",
+        about="and ends at 0.7 of the way from the champion",
+        strategy=_small("replay", "merge"),
+    ),
+    Contender(name="replay5+ewc", about="and EWC on the factors", strategy=_small("replay", "ewc")),
+    Contender(
+        name="replay5-reservoir",
+        about="a uniform sample in place of equal room for each task and answer",
+        strategy=_small("replay", replay_policy="reservoir"),
+    ),
+    Contender(
+        name="replay5-hardest",
+        about="half of the draw are the rows that were forgotten most",
+        strategy=_small("replay", replay_policy="hardest"),
+    ),
+    Contender(
+        name="replay5-spaced",
+        about="a task rests the longer, the better it is retained",
+        strategy=_small("replay", replay_policy="spaced"),
+    ),
+    Contender(name="agem5", about="A-GEM", strategy=_small("agem")),
+    Contender(name="lwf", about="distillation from the champion on new rows", strategy={"methods": ("lwf",)}),
+    Contender(name="ewc", about="EWC on the LoRA factors", strategy={"methods": ("ewc",)}),
+    Contender(name="ewc-lora", about="EWC on their product, in weight space", strategy={"methods": ("ewc-lora",)}),
+    Contender(name="si", about="synaptic intelligence", strategy={"methods": ("si",)}),
+    Contender(name="merge", about="ends at 0.7 of the way from the champion", strategy={"methods": ("merge",)}),
+    Contender(name="olora", about="a new orthogonal adapter each time", strategy={"methods": ("olora",)}),
 )
 
 # Not Holdfast: run on one stream, with one seed, unless they are asked for.

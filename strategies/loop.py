@@ -24,10 +24,10 @@ from storage import artifacts
 from storage.errors import IntegrityError, Interrupted, NonFiniteLoss
 from strategies import catalogue, checkpoint, inheritance, result
 from strategies.batches import IGNORED, Batch, Example, answer_logits, collate, nll
-from strategies.method import Method
 from strategies.checkpoint import Checkpoints, Course
 from strategies.contract import CurvePoint, Progress, TrainJob, TrainReport, TrainSpec, result_files
 from strategies.experience import LanguageExperience, Loader, Step, read_experience
+from strategies.method import Method
 from strategies.model import Base, deterministic, load_base, trainable
 
 Tell = Callable[[Progress], None]

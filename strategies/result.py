@@ -10,10 +10,10 @@ from torch.nn import Module
 
 from strategies import inheritance
 from strategies.batches import Example
-from strategies.method import Method
 from strategies.catalogue import METHODS
 from strategies.checkpoint import Course
 from strategies.contract import TrainJob, TrainReport, result_files
+from strategies.method import Method
 from strategies.model import save_adapter, trainable
 from strategies.replay_memory import memory_hashes
 
