@@ -40,7 +40,7 @@ class Plan:
         return {
             "bot.name": f"clinc-{strategy.replace('+', '-')}",
             "model.base": self.base,
-            "strategy.name": strategy,
+            "strategy.methods": strategy,
             "training.epochs": self.epochs,
             "training.seed": self.seed,
             "evaluation.suite_rows": self.sizes.suite,

@@ -14,6 +14,7 @@ from storage.records import Cycle, StoredRow, TaskRecord
 from storage.rows import Split
 from storage.snapshots import Snapshot
 from storage.store import Store
+from strategies import combinations
 from strategies.contract import (
     LoraSpec,
     Metric,
@@ -178,7 +179,7 @@ def take_snapshot(
 
 def _memory(store: Store, settings: Settings, parent: int | None) -> list[StoredRow]:
     """The rows that the parent's training remembers, when they are to be rehearsed."""
-    if parent is None or "replay" not in settings.strategy.methods:
+    if parent is None or not combinations.REMEMBER.intersection(settings.strategy.methods):
         return []
     return store.rows_by_hash(memory_hashes(parent_result(store, settings, parent) / "state"))
 
@@ -223,5 +224,4 @@ def train_spec(settings: Settings) -> TrainSpec:
 
 
 def strategy_spec(settings: Settings) -> StrategySpec:
-    chosen = settings.strategy.model_dump(exclude={"name"})
-    return StrategySpec(methods=settings.strategy.methods, **chosen)
+    return StrategySpec(**settings.strategy.model_dump())

@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -20,12 +21,19 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from storage.reach import known_scheme
+from strategies import combinations
+from strategies.contract import StrategySpec
 
 ENV_PREFIX = "HOLDFAST_"
-METHODS = ("replay", "ewc")
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -116,43 +124,71 @@ class Training(Section):
     )
 
 
-class StrategySettings(Section):
-    """How old skills are protected."""
+def _listed(value: object) -> object:
+    """`"replay+ewc"` and `"naive"` as lists of methods."""
+    if isinstance(value, str):
+        return () if value == combinations.NAIVE else tuple(value.split("+"))
+    return tuple(value) if isinstance(value, list) else value
 
-    name: str = Field(
-        "replay+ewc", description="naive, or methods joined by +: replay (old rows), ewc (elastic weights)."
+
+class StrategySettings(Section):
+    """How old skills are protected. `strategy = ["replay", "ewc"]` before the first table says the same, short."""
+
+    methods: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)] = Field(
+        StrategySpec.methods,
+        description=f"A list of {', '.join(combinations.METHODS)}; or [] to protect nothing.",
     )
-    replay_size: Positive = Field(1000, description="Rows of past tasks that are remembered.")
+    replay_size: Positive = Field(
+        StrategySpec.replay_size, description="Rows of past tasks that are remembered, at most,"
+    )
+    replay_share: float = Field(
+        StrategySpec.replay_share, gt=0, le=1, description="and at most this share of all rows seen so far."
+    )
     replay_ratio: float = Field(
-        0.5, ge=0, le=10, description="Replayed rows for each new row, in every epoch. Costs as much time."
+        StrategySpec.replay_ratio,
+        ge=0,
+        le=10,
+        description="Replayed rows for each new row, in every epoch. Costs as much time.",
     )
-    replay_policy: Literal["balanced", "reservoir"] = Field(
+    replay_policy: Literal["balanced", "reservoir", "hardest", "spaced"] = Field(
         "balanced",
-        description="balanced: equal room for every task. reservoir: a uniform sample of all rows.",
+        description="balanced: equal room for every task and answer. reservoir: a uniform sample of all rows. "
+        "hardest: what was forgotten most, twice as often. spaced: what is retained rests longer.",
     )
-    ewc_lambda: float = Field(1000.0, ge=0, description="Strength of the elastic penalty.")
+    der_weight: float = Field(
+        StrategySpec.der_weight, ge=0, description="Weight of what the model thought of remembered rows."
+    )
+    lwf_weight: float = Field(
+        StrategySpec.lwf_weight, ge=0, description="Weight of what the champion thinks of every row."
+    )
+    merge_weight: float = Field(
+        StrategySpec.merge_weight, gt=0, le=1, description="1: the trained adapter. Near 0: the champion."
+    )
+    ewc_lambda: float = Field(
+        StrategySpec.ewc_lambda,
+        ge=0,
+        description="ewc, ewc-lora: half the price, in nats, of losing all that an experience taught.",
+    )
     ewc_mode: Literal["separate", "online"] = Field(
         "separate", description="separate: every past task in full. online: the past fades by ewc_decay."
     )
-    ewc_decay: float = Field(0.9, ge=0, le=1, description="online only: what remains of older importance.")
-    fisher_rows: Positive = Field(128, description="Rows that estimate the Fisher information of a cycle.")
+    ewc_decay: float = Field(
+        StrategySpec.ewc_decay, ge=0, le=1, description="online only: what remains of older importance."
+    )
+    fisher_rows: Positive = Field(
+        StrategySpec.fisher_rows, description="Rows that estimate the Fisher information of a cycle."
+    )
+    si_lambda: float = Field(StrategySpec.si_lambda, ge=0, description="si: as ewc_lambda.")
+    olora_lambda: float = Field(
+        StrategySpec.olora_lambda, ge=0, description="Price of an overlap of new with old adapters."
+    )
 
-    @property
-    def methods(self) -> tuple[str, ...]:
-        return () if self.name == "naive" else tuple(self.name.split("+"))
-
-    @field_validator("name")
+    @field_validator("methods")
     @classmethod
-    def _known(cls, value: str) -> str:
-        methods = [] if value == "naive" else value.split("+")
-        for method in methods:
-            if method not in METHODS:
-                raise ValueError(
-                    f"unknown method {method!r}; choose naive or join some of {', '.join(METHODS)} with +"
-                )
-        if len(set(methods)) != len(methods):
-            raise ValueError("names a method twice")
-        return value
+    def _sensible(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        if complaint := combinations.complaint(methods):
+            raise ValueError(complaint)
+        return methods
 
 
 class Columns(Section):
@@ -334,6 +370,11 @@ class Settings(BaseSettings):
     schedule: Schedule = Field(default_factory=Schedule)
     mlflow: Mlflow = Field(default_factory=Mlflow)
     tasks: dict[str, TaskOverride] = Field(default_factory=dict)
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _short(cls, value: object) -> object:
+        return {"methods": value} if isinstance(value, str | list) else value
 
     @classmethod
     def settings_customise_sources(

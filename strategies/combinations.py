@@ -20,6 +20,8 @@ METHODS = {  # name → what it does, in a few words
 NAIVE = "naive"  # no method at all
 AUTO = "auto"  # chosen on validation rows
 
+REMEMBER = frozenset({"joint", "replay", "agem"})  # those with a memory of rows
+
 _NEEDS = {"der": "replay"}
 _APART = (
     ("replay", "agem", "both own the memory of rows; choose one"),

@@ -119,7 +119,7 @@ def check_one_candidate_everywhere(bot: Bot, cycle: Cycle, number: int) -> None:
 
 def test_a_model_that_forgot_is_rescued_by_a_blend_for_real(tmp_path: Path, base: Path) -> None:
     """Plain fine-tuning makes the tiny model say `b` to everything; a blend on the way there knows both."""
-    naive = {"strategy.name": "naive", "training.learning_rate": 0.01, "training.epochs": 8}
+    naive = {"strategy.methods": "naive", "training.learning_rate": 0.01, "training.epochs": 8}
     bot = make_bot(tmp_path, base, **{"gate.max_drop": 0.3, "gate.min_gain": 0.0, **naive})
     splits = ["train"] * 24 + ["validation"] * 8 + ["suite"] * 10
     bot.collect([(f"c{n}", "colours", f"colours {n}?", "a", split) for n, split in enumerate(splits)])
@@ -221,7 +221,7 @@ def test_when_no_blend_helps_none_sits_the_exam(rescued: Bot) -> None:
 
 
 def test_naive_training_has_nothing_to_turn_up_and_ends_after_its_blends(tmp_path: Path, base: Path) -> None:
-    bot = make(tmp_path, base, **{"strategy.name": "naive"})
+    bot = make(tmp_path, base, **{"strategy.methods": "naive"})
     script(bot).suites[2] = FORGOT
     cycle = bot.run()
     assert cycle.state is State.REJECTED

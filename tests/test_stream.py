@@ -34,7 +34,7 @@ def test_unset_keys_can_be_set_and_unknown_keys_are_refused() -> None:
 
 def test_changes_from_a_command_line_keep_their_types() -> None:
     assert stream.parse_change("training.epochs=3") == ("training.epochs", 3)
-    assert stream.parse_change("strategy.name=replay+ewc") == ("strategy.name", "replay+ewc")
+    assert stream.parse_change("strategy.methods=replay+ewc") == ("strategy.methods", "replay+ewc")
 
 
 def test_the_collector_writes_each_row_once_and_lets_go_of_the_file(tmp_path: Path) -> None:

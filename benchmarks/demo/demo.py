@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     # An answer with another department's number in it is wrong, however many words are right.
     **{f"tasks.{task}.metric": "exact_match" for task in ("billing", "shipping", "support")},
 }
-NAIVE = {"bot.name": "quillmoor-naive", "strategy.name": "naive", **stream.OPEN_GATE}
+NAIVE = {"bot.name": "quillmoor-naive", "strategy.methods": "naive", **stream.OPEN_GATE}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
