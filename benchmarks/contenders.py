@@ -51,7 +51,9 @@ _ALL = (
         about="the same with a memory of at most 5 % of the rows seen, as all that follow have it",
         strategy=_small("replay"),
     ),
-    Contender(name="replay5+der", about="and what the model thought of them", strategy=_small("replay", "der")),
+    Contender(
+        name="replay5+der", about="and what the model thought of them", strategy=_small("replay", "der")
+    ),
     Contender(
         name="replay5+lwf", about="and the champion's opinion of new rows", strategy=_small("replay", "lwf")
     ),
@@ -79,9 +81,13 @@ _ALL = (
     Contender(name="agem5", about="A-GEM", strategy=_small("agem")),
     Contender(name="lwf", about="distillation from the champion on new rows", strategy={"methods": ("lwf",)}),
     Contender(name="ewc", about="EWC on the LoRA factors", strategy={"methods": ("ewc",)}),
-    Contender(name="ewc-lora", about="EWC on their product, in weight space", strategy={"methods": ("ewc-lora",)}),
+    Contender(
+        name="ewc-lora", about="EWC on their product, in weight space", strategy={"methods": ("ewc-lora",)}
+    ),
     Contender(name="si", about="synaptic intelligence", strategy={"methods": ("si",)}),
-    Contender(name="merge", about="ends at 0.7 of the way from the champion", strategy={"methods": ("merge",)}),
+    Contender(
+        name="merge", about="ends at 0.7 of the way from the champion", strategy={"methods": ("merge",)}
+    ),
     Contender(name="olora", about="a new orthogonal adapter each time", strategy={"methods": ("olora",)}),
 )
 

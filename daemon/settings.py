@@ -5,8 +5,10 @@ also reads them from the file.
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from zoneinfo import ZoneInfo, available_timezones
@@ -125,14 +127,17 @@ class Training(Section):
 
 
 def _listed(value: object) -> object:
-    """`"replay+ewc"` and `"naive"` as lists of methods."""
+    """`"replay+ewc"` and `"naive"` as lists of methods; a variable of the environment may hold JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(ValueError):
+            value = json.loads(value)
     if isinstance(value, str):
         return () if value == combinations.NAIVE else tuple(value.split("+"))
     return tuple(value) if isinstance(value, list) else value
 
 
 class StrategySettings(Section):
-    """How old skills are protected. `strategy = ["replay", "ewc"]` before the first table says the same, short."""
+    """How old skills are protected. `strategy = ["replay", "ewc"]` above all tables says it in one line."""
 
     methods: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)] = Field(
         StrategySpec.methods,
@@ -152,7 +157,7 @@ class StrategySettings(Section):
     )
     replay_policy: Literal["balanced", "reservoir", "hardest", "spaced"] = Field(
         "balanced",
-        description="balanced: equal room for every task and answer. reservoir: a uniform sample of all rows. "
+        description="balanced: equal room for every task and answer. reservoir: a uniform sample of rows. "
         "hardest: what was forgotten most, twice as often. spaced: what is retained rests longer.",
     )
     der_weight: float = Field(
@@ -167,7 +172,7 @@ class StrategySettings(Section):
     ewc_lambda: float = Field(
         StrategySpec.ewc_lambda,
         ge=0,
-        description="ewc, ewc-lora: half the price, in nats, of losing all that an experience taught.",
+        description="ewc, ewc-lora: losing all that an experience taught costs half of it, in nats.",
     )
     ewc_mode: Literal["separate", "online"] = Field(
         "separate", description="separate: every past task in full. online: the past fades by ewc_decay."

@@ -62,6 +62,4 @@ def _gradient(strategy: Any, rows: list[Example], parameters: list[Tensor]) -> l
     with strategy.base.autocast():
         loss, tokens = nll(strategy.model, batch)
     found = torch.autograd.grad(loss / tokens, parameters, allow_unused=True)
-    return [
-        torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)
-    ]
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]

@@ -6,12 +6,14 @@ of 50,000 logits an answer token cannot be kept for every row; the k largest and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from strategies.batches import Batch, Example, answer_logits, collate
+from strategies.batches import Example, answer_logits, collate
+from strategies.method import in_batches
 
 KEPT = 32  # tokens of which an opinion is kept
 TEMPERATURE = 2.0
@@ -49,25 +51,17 @@ def divergence(logits: Tensor, target: Opinion, hidden: Tensor | None = None) ->
 
 
 @torch.no_grad()
-def opinions(strategy: object, rows: Sequence[Example], *, hide_answers: bool) -> dict[str, Opinion]:
+def opinions(strategy: Any, rows: Sequence[Example], *, hide_answers: bool) -> dict[str, Opinion]:
     """The present model's opinion of each row's answer, by row hash. `hide_answers`: of wrong tokens only."""
-    learner: object = strategy
     found: dict[str, Opinion] = {}
-    model, base, size = learner.model, learner.base, learner.spec.batch_size  # type: ignore[attr-defined]
-    training = model.training
-    model.eval()
-    ordered = sorted(rows, key=lambda row: (row.length, row.row_hash))
-    for start in range(0, len(ordered), size):
-        learner.check_stop()  # type: ignore[attr-defined]
-        chosen = ordered[start : start + size]
-        batch: Batch = collate(chosen, base.prompter.pad_id).to(learner.device)  # type: ignore[attr-defined]
-        with base.autocast():
-            logits = answer_logits(model, batch).float()
+    for chosen in in_batches(strategy, rows):
+        batch = collate(chosen, strategy.base.prompter.pad_id).to(strategy.device)
+        with strategy.base.autocast():
+            logits = answer_logits(strategy.model, batch).float()
         for n, row in enumerate(chosen):
             hidden = answer_ids(row, logits.device) if hide_answers else None
             told = opinion(own(logits[n], row), hidden)
             found[row.row_hash] = Opinion(ids=told.ids.cpu(), logprobs=told.logprobs.cpu())
-    model.train(training)
     return found
 
 

@@ -99,4 +99,3 @@ def fisher_information(strategy: Any, rows: Sequence[Example]) -> dict[str, Tens
 def choose(rows: Sequence[Example], count: int, seed: int) -> list[Example]:
     """The rows that stand for an experience; their content and the seed decide."""
     return sorted(rows, key=lambda row: (priority(seed, row.row_hash), row.row_hash))[:count]
-

@@ -21,7 +21,7 @@ from storage.errors import IntegrityError, NonFiniteLoss
 from strategies.batches import Example, collate, nll
 from strategies.contract import Progress
 from strategies.ewc import choose
-from strategies.method import Method
+from strategies.method import Method, in_batches
 from strategies.model import LoraLayer, lora_layers
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # layer → row sums [out], column sums [in]
@@ -44,7 +44,9 @@ class EwcLora(Method):
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         layers = lora_layers(strategy.model)
-        self.anchor = {name: (layer.a.detach().clone(), layer.b.detach().clone()) for name, layer in layers.items()}
+        self.anchor = {
+            name: (layer.a.detach().clone(), layer.b.detach().clone()) for name, layer in layers.items()
+        }
         if self.sums is not None:
             _check_fit(self.sums, layers)
             self.sums = {
@@ -66,9 +68,7 @@ class EwcLora(Method):
         if self.sums is None:
             self.sums = fresh
         else:
-            self.sums = {
-                name: (r + fresh[name][0], c + fresh[name][1]) for name, (r, c) in self.sums.items()
-            }
+            self.sums = {name: (r + fresh[name][0], c + fresh[name][1]) for name, (r, c) in self.sums.items()}
 
 
 def weighed_square(rows: Tensor, columns: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def _change(layer: LoraLayer, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def fisher_sums(strategy: Any, rows: Sequence[Example]) -> Sums:
     """Row and column sums of the mean over rows of (∂ log p(answer | question) / ∂ΔW)².
 
-    A row's gradient is G = Σₜ δₜ xₜᵀ over its tokens, with x a layer's input and δ the gradient of its output;
+    A row's gradient is G = Σₜ δₜ xₜᵀ over its tokens, x a layer's input and δ the gradient of its output;
     Σⱼ Gᵢⱼ² = δᵢᵀ (XXᵀ) δᵢ needs tokens × tokens only. Rows of a batch do not touch each other's x and δ.
     """
     layers = lora_layers(strategy.model)
@@ -101,16 +101,13 @@ def fisher_sums(strategy: Any, rows: Sequence[Example]) -> Sums:
 
     hooks = [layer.module.register_forward_hook(remember(name)) for name, layer in layers.items()]
     total = {
-        name: (torch.zeros_like(layer.b[:, 0]), torch.zeros_like(layer.a[0])) for name, layer in layers.items()
+        name: (torch.zeros_like(layer.b[:, 0]), torch.zeros_like(layer.a[0]))
+        for name, layer in layers.items()
     }
-    strategy.model.eval()
+    done = 0
     try:
-        ordered = sorted(rows, key=lambda row: (row.length, row.row_hash))
-        for start in range(0, len(ordered), strategy.spec.batch_size):
-            strategy.check_stop()
-            batch_rows = ordered[start : start + strategy.spec.batch_size]
-            batch = collate(batch_rows, strategy.base.prompter.pad_id).to(strategy.device)
-            inputs.clear(), outputs.clear()
+        for chosen in in_batches(strategy, rows):
+            batch = collate(chosen, strategy.base.prompter.pad_id).to(strategy.device)
             with strategy.base.autocast():
                 loss, _ = nll(strategy.model, batch)
             names = list(outputs)
@@ -118,7 +115,8 @@ def fisher_sums(strategy: Any, rows: Sequence[Example]) -> Sums:
             for name, slope in zip(names, slopes, strict=True):
                 if slope is not None:
                     _add(total[name], inputs[name].float(), slope.float())
-            strategy.tell(Progress(stage="fisher", step=start + len(batch_rows), steps=len(rows)))
+            done += len(chosen)
+            strategy.tell(Progress(stage="fisher", step=done, steps=len(rows)))
     finally:
         for hook in hooks:
             hook.remove()

@@ -4,13 +4,14 @@ A method hooks into `strategies.loop.Learner` through Avalanche's callbacks; the
 `before_training_exp` always meets the parent's adapter, also when a training is resumed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
+from strategies.batches import Example
 from strategies.contract import StrategySpec
 
 
@@ -39,3 +40,14 @@ class Method(SupervisedPlugin):
 
     def resume(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes up what `midway` gave."""
+
+
+def in_batches(strategy: Any, rows: Sequence[Example]) -> Iterator[list[Example]]:
+    """The rows by length, for a look at them between trainings: dropout is off until the last was seen."""
+    training = strategy.model.training
+    strategy.model.eval()
+    ordered = sorted(rows, key=lambda row: (row.length, row.row_hash))
+    for start in range(0, len(ordered), strategy.spec.batch_size):
+        strategy.check_stop()
+        yield ordered[start : start + strategy.spec.batch_size]
+    strategy.model.train(training)

@@ -74,8 +74,8 @@ def check_fit(past: Quadratic, parameters: Mapping[str, Tensor], method: str) ->
     expected = {name: p.shape for name, p in parameters.items()}
     if expected != {name: h.shape for name, h in past.curvature.items()}:
         raise IntegrityError(
-            f"the {method.upper()} state belongs to an adapter of another shape; roll back to a version that has "
-            f"both, or take {method} out of strategy.methods"
+            f"the {method.upper()} state belongs to an adapter of another shape; roll back to a version that "
+            f"has both, or take {method} out of strategy.methods"
         )
 
 

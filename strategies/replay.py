@@ -14,7 +14,7 @@ import torch
 from strategies import replay_memory, replay_policies
 from strategies.batches import Example, collate, token_losses
 from strategies.contract import StrategySpec
-from strategies.method import Method
+from strategies.method import Method, in_batches
 from strategies.replay_memory import Memory, Room, Seen
 
 
@@ -100,16 +100,10 @@ def superseded(memory: Sequence[Example], new: Sequence[Example]) -> set[str]:
 def row_losses(strategy: Any, rows: Sequence[Example]) -> dict[str, float]:
     """Mean negative log-likelihood per answer token (nats) of each row, by its hash."""
     found: dict[str, float] = {}
-    ordered = sorted(rows, key=lambda row: (row.length, row.row_hash))
-    training = strategy.model.training
-    strategy.model.eval()
-    for start in range(0, len(ordered), strategy.spec.batch_size):
-        strategy.check_stop()
-        batch_rows = ordered[start : start + strategy.spec.batch_size]
-        batch = collate(batch_rows, strategy.base.prompter.pad_id).to(strategy.device)
+    for chosen in in_batches(strategy, rows):
+        batch = collate(chosen, strategy.base.prompter.pad_id).to(strategy.device)
         with strategy.base.autocast():
             losses = token_losses(strategy.model, batch).sum(dim=1)
-        for row, loss in zip(batch_rows, losses.tolist(), strict=True):
+        for row, loss in zip(chosen, losses.tolist(), strict=True):
             found[row.row_hash] = loss / len(row.answer_ids)
-    strategy.model.train(training)
     return found

@@ -10,6 +10,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from storage.errors import IntegrityError
 
@@ -137,20 +138,21 @@ def load(state_dir: Path) -> Memory | None:
         ) from None
 
 
-def _read(values: dict[str, object]) -> Memory:
+def _read(values: dict[str, Any]) -> Memory:
     """Format 1 had hashes alone: nothing is known of their answers and losses, and of rows that had left."""
-    tasks, spacing = values["tasks"], values.get("spacing", {})
-    assert isinstance(tasks, dict) and isinstance(spacing, dict)
+    tasks = values["tasks"]
     if values["format"] == 1:
-        tasks = {task: dict.fromkeys(rows, {}) for task, rows in tasks.items()}
-        values = {**values, "seen": sum(len(rows) for rows in tasks.values())}
+        tasks = {task: {row: {} for row in rows} for task, rows in tasks.items()}
+        values = {**values, "seen": sum(len(rows) for rows in tasks.values()), "spacing": {}}
     elif values["format"] != FORMAT:
         raise ValueError(f"format {values['format']}, known are 1 and {FORMAT}")
     return Memory(
-        seed=int(str(values["seed"])),
-        seen=int(str(values["seen"])),
-        tasks={str(t): {str(row): Trace(**trace) for row, trace in rows.items()} for t, rows in tasks.items()},
-        spacing={str(task): Spacing(**each) for task, each in spacing.items()},
+        seed=int(values["seed"]),
+        seen=int(values["seen"]),
+        tasks={
+            task: {str(row): Trace(**trace) for row, trace in rows.items()} for task, rows in tasks.items()
+        },
+        spacing={task: Spacing(**each) for task, each in values["spacing"].items()},
     )
 
 

@@ -157,9 +157,7 @@ def _stream(rows: list[str], start: int, stop: int, seed: str) -> list[str]:
         return []
     turns = range(start // len(rows), (stop - 1) // len(rows) + 1)
     ordered = [
-        row
-        for turn in turns
-        for row in sorted(rows, key=lambda row: (priority(f"{seed}/{turn}", row), row))
+        row for turn in turns for row in sorted(rows, key=lambda row: (priority(f"{seed}/{turn}", row), row))
     ]
     skipped = turns.start * len(rows)
     return ordered[start - skipped : stop - skipped]

@@ -32,7 +32,9 @@ def write(
     parts = result_files(folder)
     save_adapter(model, parts["adapter"])
     parts["state"].mkdir()
-    inheritance.carry_state(job, parts["state"], but=[method.file for method in methods if method.file], new=new)
+    inheritance.carry_state(
+        job, parts["state"], but=[method.file for method in methods if method.file], new=new
+    )
     for method in methods:
         method.save(parts["state"])
     report = TrainReport(

@@ -26,6 +26,7 @@ class Si(Method):
 
     file = "si.safetensors"
     past: Quadratic | None = None
+    path: dict[str, Tensor]  # what each parameter did for the loss in this experience, ω
 
     def load(self, state: Path) -> None:
         super().load(state)
@@ -75,9 +76,7 @@ class Si(Method):
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         end = {name: p.detach().clone() for name, p in trainable(strategy.model).items()}
         moved = {name: (end[name] - self.start[name]).square() for name in end}
-        importance = {
-            name: path.clamp(min=0) / (moved[name] + DAMPING) for name, path in self.path.items()
-        }
+        importance = {name: path.clamp(min=0) / (moved[name] + DAMPING) for name, path in self.path.items()}
         weighed = relative(importance, end)
         self.past = (
             Quadratic(curvature=weighed, centre=end) if self.past is None else self.past.plus(weighed, end)

@@ -31,6 +31,30 @@ def test_the_shipped_config_is_rendered_from_the_settings_and_loads() -> None:
     assert settings.strategy.methods == ("replay", "ewc")
 
 
+@pytest.mark.parametrize(
+    ("text", "methods"),
+    [
+        ('[strategy]\nmethods = ["replay", "lwf"]', ("replay", "lwf")),
+        ('strategy = ["replay", "ewc"]\n[bot]\nname = "b"', ("replay", "ewc")),
+        ('strategy = "replay+merge"', ("replay", "merge")),
+        ('strategy = "naive"', ()),
+        ("[strategy]\nmethods = []", ()),
+    ],
+)
+def test_methods_are_a_list_or_one_word(tmp_path: Path, text: str, methods: tuple[str, ...]) -> None:
+    assert config.load(write(tmp_path, text)).strategy.methods == methods
+
+
+@pytest.mark.parametrize(
+    ("value", "methods"), [("replay+der", ("replay", "der")), ('["si"]', ("si",)), ("naive", ())]
+)
+def test_methods_come_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, methods: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("HOLDFAST_STRATEGY__METHODS", value)
+    assert config.load(write(tmp_path, 'strategy = ["replay", "ewc"]')).strategy.methods == methods
+
+
 def test_every_key_is_described() -> None:
     for name, field in settings.Settings.model_fields.items():
         if name == "tasks":
@@ -60,7 +84,13 @@ def test_paths_are_relative_to_the_file_not_to_the_shell(tmp_path: Path) -> None
         ('[training]\nepochs = "x"', ["training.epochs = 'x'", "integer"]),
         ("[training]\nlearning_rate = -1", ["training.learning_rate = -1", "greater than 0"]),
         ('[schedule]\ntimezone = "Europe/Madri"', ["schedule.timezone", "did you mean 'Europe/Madrid'"]),
-        ('[strategy]\nname = "replay+ewk"', ["unknown method 'ewk'", "replay, ewc"]),
+        ('[strategy]\nmethods = ["replay", "ewk"]', ["unknown method 'ewk'", "did you mean 'ewc'"]),
+        ('strategy = ["der"]', ["strategy.methods = ['der']", "add replay"]),
+        ('strategy = "ewc+si"', ["strategy.methods", "ewc and si", "choose one"]),
+        ('[strategy]\nmethods = ["ewc", "ewc"]', ["strategy.methods", "twice"]),
+        ('[strategy]\nmethods = ["joint", "replay"]', ["strategy.methods", "joint", "alone"]),
+        ("[strategy]\nmethods = [1]", ["strategy.methods.0 = 1", "in quotes"]),
+        ("strategy = 3", ["strategy = 3", "[strategy]"]),
         ("[splits]\nvalidation = 0.5\nsuite = 0.5", ["splits", "leave at least 0.1"]),
         ('[tasks.x]\nkind = "poem"', ["tasks.x.kind = 'poem'", "'free'"]),
         ('[bot]\nname = "../x"', ["bot.name = '../x'"]),
