@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from daemon import examination, experience, gate, promote, publish, rescue
+from daemon import auto, examination, experience, gate, promote, publish, rescue
 from daemon.base import prepare_base
 from daemon.executor import Executor, Stop
 from daemon.pull import pull_source
@@ -103,9 +103,7 @@ class CycleRunner:
             self.executor.close()
         if cycle.state is State.PROMOTED:
             self._show_champion(cycle)
-        for work in ("work", "rescue-*/work"):  # checkpoints and blends of an ended cycle
-            for folder in self.folder(cycle).glob(work):
-                shutil.rmtree(folder, ignore_errors=True)
+        self._tidy_away(cycle)
         return cycle
 
     def _step(self, cycle: Cycle, stop: Stop) -> Cycle:
@@ -161,13 +159,29 @@ class CycleRunner:
         candidate, stop = self._candidate(cycle, stop)
         if candidate.kind == rescue.Kind.BLEND:
             return self._blend(cycle, stop)
-        specs = examination.specs(snapshots.load(self._snapshot_of(cycle)))
+        snapshot = snapshots.load(self._snapshot_of(cycle))
+        job_of, progress = self._jobs(cycle, snapshot), self._progress(cycle)
+        if auto.is_due(snapshot, candidate):
+            candidate = auto.choose(
+                self.store, self.settings, self.executor, snapshot, candidate, job_of, progress, stop
+            )
+            log.info("%s", candidate.change, extra=_action("strategy-chosen", cycle))
+        strategy = rescue.strategy_of(candidate, examination.specs(snapshot).strategy)
         result = self._result(candidate)
-        parent = None
+        report = self.executor.train(job_of(strategy, result), progress, stop)
+        took = f"{report.steps} steps, {report.seconds:.0f} s"
+        told = f"{report.rows} rows in {took}, loss {report.final_loss:.4f}"
+        log.info("trained: %s", told, extra=_action("trained", cycle))
+        made = replace(candidate, model=examination.adapter_hash(result_files(result)["adapter"]))
+        return self.store.advance(cycle.id, State.TRAINED, reason=told, candidates=[made])
+
+    def _jobs(self, cycle: Cycle, snapshot: Snapshot) -> Callable[[StrategySpec, Path], TrainJob]:
+        """The cycle's training from its champion, for any strategy and place."""
+        specs, parent = examination.specs(snapshot), None
         if cycle.parent is not None:
             parent = experience.parent_result(self.store, self.settings, cycle.parent)
             artifacts.verify(parent)
-        job = TrainJob(
+        return lambda strategy, result: TrainJob(
             snapshot=str(self._snapshot_of(cycle)),
             out=str(result),
             work=str(result.parent / "work"),
@@ -175,14 +189,8 @@ class CycleRunner:
             model=specs.model,
             lora=specs.lora,
             train=specs.train,
-            strategy=rescue.strategy_of(candidate, specs.strategy),
+            strategy=strategy,
         )
-        report = self.executor.train(job, self._progress(cycle), stop)
-        took = f"{report.steps} steps, {report.seconds:.0f} s"
-        told = f"{report.rows} rows in {took}, loss {report.final_loss:.4f}"
-        log.info("trained: %s", told, extra=_action("trained", cycle))
-        made = replace(candidate, model=examination.adapter_hash(result_files(result)["adapter"]))
-        return self.store.advance(cycle.id, State.TRAINED, reason=told, candidates=[made])
 
     def _blend(self, cycle: Cycle, stop: Stop) -> Cycle:
         """The other way to a candidate; when no blend is worth an exam there is nothing to evaluate."""
@@ -319,6 +327,14 @@ class CycleRunner:
 
     def _progress(self, cycle: Cycle) -> Callable[[Progress], None]:
         return lambda progress: self.on_progress(cycle.id, progress)
+
+    def _tidy_away(self, cycle: Cycle) -> None:
+        """Checkpoints, blends and trials that were not chosen, of an ended cycle."""
+        kept = {self._result(candidate).parent for candidate in self.store.candidates(cycle.id)}
+        folder = self.folder(cycle)
+        unused = [trial for trial in folder.glob("trial-*") if trial not in kept]
+        for path in [*folder.glob("work"), *folder.glob("*/work"), *unused]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def _cycle(self, cycle_id: int) -> Cycle:
         cycle = self.store.cycle(cycle_id)

@@ -143,6 +143,7 @@ def take_snapshot(
     Which remembered rows are rehearsed is known only when the training has drawn them.
     """
     tasks = settle_tasks(store, settings, cycle.id)
+    strategy = strategy_spec(settings)
     memory = _memory(store, settings, cycle.parent)
     suites = {
         task: (suite.version, suite.hash, store.suite_rows(task, suite.version))
@@ -166,7 +167,8 @@ def take_snapshot(
             "model": model_spec(settings, base).__dict__,
             "lora": lora_spec(settings).__dict__,
             "train": train_spec(settings).__dict__,
-            "strategy": {**strategy_spec(settings).__dict__, "methods": list(settings.strategy.methods)},
+            "strategy": {**strategy.__dict__, "methods": list(strategy.methods)},
+            **({"auto_minutes": settings.strategy.auto_minutes} if settings.strategy.auto else {}),
             "max_new_tokens": settings.evaluation.max_new_tokens,
             "gate": settings.gate.model_dump(),
             "rescue": settings.rescue.model_dump(),
@@ -179,17 +181,17 @@ def take_snapshot(
 
 def _memory(store: Store, settings: Settings, parent: int | None) -> list[StoredRow]:
     """The rows that the parent's training remembers, when they are to be rehearsed."""
-    if parent is None or not combinations.REMEMBER.intersection(settings.strategy.methods):
+    if parent is None or not combinations.REMEMBER.intersection(strategy_spec(settings).methods):
         return []
     return store.rows_by_hash(memory_hashes(parent_result(store, settings, parent) / "state"))
 
 
 def _probe(store: Store, settings: Settings, parent: int | None, tasks: Sequence[str]) -> list[StoredRow]:
-    """Validation rows of every task, old and new, to choose between blends by; their content decides which.
+    """Validation rows of every task, old and new, to choose candidates by; their content decides which.
 
-    None where there is no champion to blend with, or nothing is to be rescued.
+    None where there is no champion, or nothing to be chosen.
     """
-    if parent is None or not settings.rescue.attempts:
+    if parent is None or not (settings.rescue.attempts or settings.strategy.auto):
         return []
     rows = {task: store.task_rows(task, Split.VALIDATION) for task in tasks}
     limit = settings.rescue.probe_rows
@@ -224,4 +226,8 @@ def train_spec(settings: Settings) -> TrainSpec:
 
 
 def strategy_spec(settings: Settings) -> StrategySpec:
-    return StrategySpec(**settings.strategy.model_dump())
+    """The first of the shortlist when it is still to be chosen."""
+    chosen = settings.strategy.model_dump(exclude={"auto_minutes"})
+    if settings.strategy.auto:
+        chosen["methods"] = combinations.SHORTLIST[0]
+    return StrategySpec(**chosen)

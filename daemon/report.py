@@ -144,9 +144,9 @@ def _curve(text: str | None, chosen: float | None) -> list[dict[str, Any]]:
 
 
 def _attempts_in_words(attempts: list[dict[str, Any]]) -> list[str]:
-    """A sentence an attempt, where there was more than the plain training."""
+    """A sentence an attempt, where there was more than the plain training, and why that was as it was."""
     if len(attempts) < 2:
-        return []
+        return [f"Its strategy: {attempt['change']}." for attempt in attempts if attempt["change"]]
     lines = [f"It took {len(attempts)} attempts:"]
     for attempt in attempts:
         outcome = attempt["note"] or (attempt["verdict"] or {}).get("summary") or "under way"

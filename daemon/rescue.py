@@ -148,7 +148,7 @@ def words(candidate: Candidate) -> str:
         return f"{share} from the champion to attempt {candidate.source}"
     if candidate.kind == Kind.PROTECT:
         return f"trained again with more protection ({candidate.change})"
-    return "plain training"
+    return f"plain training: {candidate.change}" if candidate.change else "plain training"
 
 
 def blend(

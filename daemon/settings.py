@@ -141,7 +141,11 @@ class StrategySettings(Section):
 
     methods: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)] = Field(
         StrategySpec.methods,
-        description=f"A list of {', '.join(combinations.METHODS)}; or [] to protect nothing.",
+        description=f"A list of {', '.join(combinations.METHODS)}; or [] to protect nothing; "
+        'or "auto", which tries a few and keeps what is best on validation rows.',
+    )
+    auto_minutes: Positive = Field(
+        60, description="auto only: minutes that the trainings it compares may take together."
     )
     replay_size: Positive = Field(
         StrategySpec.replay_size, description="Rows of past tasks that are remembered, at most,"
@@ -187,6 +191,11 @@ class StrategySettings(Section):
     olora_lambda: float = Field(
         StrategySpec.olora_lambda, ge=0, description="Price of an overlap of new with old adapters."
     )
+
+    @property
+    def auto(self) -> bool:
+        """Whether each cycle chooses among `combinations.SHORTLIST`."""
+        return self.methods == (combinations.AUTO,)
 
     @field_validator("methods")
     @classmethod

@@ -172,7 +172,7 @@ class Candidate:
     result: str  # result directory, relative to the state directory
     strategy: str | None  # None: the one in the snapshot
     created_at: datetime
-    change: str | None = None  # of a training with more protection: what was turned up, in words
+    change: str | None = None  # why it has a strategy of its own, in words
     share: float | None = None  # of a blend: how far from the champion to its source
     curve: str | None = None  # of a blend: scores on validation rows
     model: str | None = None  # SHA-256 of its adapter; None: not made

@@ -20,6 +20,8 @@ METHODS = {  # name → what it does, in a few words
 NAIVE = "naive"  # no method at all
 AUTO = "auto"  # chosen on validation rows
 
+# What `auto` tries, the likeliest first. None needs a state that only some cycles would keep.
+SHORTLIST = (("replay",), ("replay", "lwf"), ("replay", "merge"))
 REMEMBER = frozenset({"joint", "replay", "agem"})  # those with a memory of rows
 
 _NEEDS = {"der": "replay"}
@@ -36,6 +38,8 @@ _APART = (
 
 def complaint(methods: Sequence[str]) -> str | None:
     """What is wrong with a combination, or None."""
+    if tuple(methods) == (AUTO,):
+        return None
     for name in methods:
         if name not in METHODS:
             return f"unknown method {name!r}; choose {NAIVE}, {AUTO}, or some of {', '.join(METHODS)}"

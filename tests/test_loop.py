@@ -1,5 +1,6 @@
 """Learning one experience: the loss, the steps, the end, and what is left behind."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -8,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.settings import METHODS
 from storage.artifacts import verify
 from storage.errors import IntegrityError, NonFiniteLoss, TrainingError
-from strategies import catalogue
+from strategies import catalogue, combinations
 from strategies.batches import Example, collate, encode, nll
 from strategies.contract import LoraSpec, Progress, StrategySpec, TrainReport, result_files
 from strategies.experience import Loader, Step
 from strategies.loop import learning_rate, train
 from strategies.model import load_base, trainable, with_adapter
+from strategies.replay import Rehearsal
 from tests import trainings
 from tests.toys import tiny_base, tiny_model_spec
 from tests.trainings import SPEC, adapter, adapter_bytes, job, lesson, run, snapshot, state
@@ -281,9 +282,17 @@ def test_reports_cross_the_process_boundary_unchanged(base: Path, tmp_path: Path
 
 
 def test_the_catalogue_holds_the_methods_that_the_configuration_knows() -> None:
-    assert set(catalogue.METHODS) == set(METHODS)
-    files = [method.file for method in catalogue.build(StrategySpec(methods=METHODS), seed=0)]
-    assert len(set(files)) == len(files)
+    assert set(catalogue.METHODS) == set(combinations.METHODS)
+    assert {name for name in catalogue.METHODS if issubclass(catalogue.METHODS[name], Rehearsal)} == (
+        combinations.REMEMBER
+    )
+
+
+def test_methods_that_go_together_keep_different_files() -> None:
+    for pair in itertools.combinations(catalogue.METHODS, 2):
+        if combinations.complaint(pair) is None:
+            files = [method.file for method in catalogue.build(StrategySpec(methods=pair), 0) if method.file]
+            assert len(set(files)) == len(files)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,10 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import IntegrityError
+from storage.parquet import SnapshotRow
 from strategies import replay_memory
+from strategies.batches import Example, encode
 from strategies.contract import StrategySpec, result_files
-from strategies.replay_memory import FILE, POLICIES, Memory, memory_hashes, priority, share_out
-from tests.toys import tiny_base
+from strategies.model import load_base
+from strategies.replay import seen, superseded
+from strategies.replay_memory import FILE, Memory, Room, Seen, Spacing, Trace, memory_hashes, priority
+from strategies.replay_policies import (
+    FORGOTTEN,
+    LONGEST_INTERVAL,
+    POLICIES,
+    after,
+    draw_due,
+    draw_equally,
+    draw_hardest,
+    draw_uniformly,
+    respaced,
+    share_out,
+)
+from tests.toys import tiny_base, tiny_model_spec
 from tests.trainings import SPEC, adapter_bytes, job, lesson, run, snapshot
 
 REPLAY = StrategySpec(methods=("replay",), replay_ratio=0.5, replay_size=12)
@@ -25,17 +41,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_base(tmp_path_factory.mktemp("base"))
 
 
-def rows(task: str, count: int) -> list[tuple[str, str]]:
-    return [(f"{task}{n:04}", task) for n in range(count)]
+def rows(task: str, count: int, answer: str = "") -> list[Seen]:
+    return [Seen(hash=f"{task}{answer}{n:04}", task=task, answer=answer) for n in range(count)]
 
 
 def remember(
-    *experiences: list[tuple[str, str]], size: int, policy: str = "balanced", seed: int = 0
+    *experiences: list[Seen], size: int, share: float = 1.0, policy: str = "balanced", seed: int = 0
 ) -> Memory:
     memory = Memory(seed=seed)
     for experience in experiences:
-        memory = memory.updated(experience, size=size, policy=policy)
+        memory = after(memory, experience, Room(rows=size, share=share), policy)
     return memory
+
+
+def taught(base: Path, *lessons: list[SnapshotRow], size: int) -> Memory:
+    """The memory of trainings on the tiny base."""
+    prompter = load_base(tiny_model_spec(base)).prompter
+    return remember(*([seen(example) for example in encode(each, prompter)] for each in lessons), size=size)
 
 
 def sizes(memory: Memory) -> dict[str, int]:
@@ -55,7 +77,7 @@ def test_room_is_shared_fairly(wants: dict[str, int], room: int, turn: int) -> N
 def test_a_balanced_memory_gives_every_task_equal_room_and_unused_room_to_the_others() -> None:
     memory = remember(rows("a", 100), rows("b", 100), size=60)
     assert sizes(memory) == {"a": 30, "b": 30}
-    memory = memory.updated(rows("c", 5), size=60, policy="balanced")
+    memory = after(memory, rows("c", 5), Room(rows=60), "balanced")
     assert sizes(memory) == {"a": 28, "b": 27, "c": 5}
     assert sizes(remember(rows("a", 3), size=60)) == {"a": 3}
 
@@ -66,7 +88,7 @@ def test_a_reservoir_is_a_uniform_sample_of_all_rows_ever_seen() -> None:
     memory = remember(*batches, size=500, policy="reservoir")
     assert len(memory) == 500
     assert all(75 <= size <= 125 for size in sizes(memory).values())  # 100 each, give or take 2.8 sigma
-    everything = sorted((row for row, _ in stream), key=lambda row: priority(0, row))
+    everything = sorted((row.hash for row in stream), key=lambda row: priority(0, row))
     assert set(memory.hashes) == set(everything[:500])
 
 
@@ -78,22 +100,155 @@ def test_the_memory_does_not_depend_on_order_or_on_how_rows_were_grouped(policy:
     assert remember(rows("a", 40), rows("b", 50), rows("c", 7), size=30, policy=policy, seed=1) != one
 
 
+def test_within_a_task_every_answer_has_equal_room() -> None:
+    often, seldom = rows("a", 90, "yes"), rows("a", 10, "no")
+    memory = remember(often + seldom, size=20)
+    assert Counter(trace.answer for trace in memory.tasks["a"].values()) == {"yes": 10, "no": 10}
+    memory = remember(often + seldom, size=30)
+    assert Counter(trace.answer for trace in memory.tasks["a"].values()) == {"yes": 20, "no": 10}
+
+
+def test_the_memory_is_at_most_a_share_of_all_rows_seen() -> None:
+    memory = remember(rows("a", 100), size=1000, share=0.05)
+    assert (len(memory), memory.seen) == (5, 100)
+    memory = after(memory, rows("b", 300), Room(rows=1000, share=0.05), "balanced")
+    assert (sizes(memory), memory.seen) == ({"a": 5, "b": 15}, 400)  # what was let go does not come back
+    assert len(after(memory, rows("c", 300), Room(rows=12, share=0.05), "balanced")) == 12
+
+
+def test_a_reservoir_that_grows_with_a_share_stays_a_uniform_sample() -> None:
+    """What was let go does not come back, and need not: the draw's threshold stays where it was."""
+    memory = remember(*(rows(task, 200) for task in "abcd"), size=9999, share=0.1, policy="reservoir")
+    assert len(memory) == 80
+    assert all(10 <= size <= 30 for size in sizes(memory).values())  # 20 each, give or take 2.6 sigma
+
+
+def measured(memory: Memory, rise: dict[str, float]) -> Memory:
+    """Learned at a loss of 1, and forgotten since by so much, task by task."""
+    before = memory.measured(dict.fromkeys(memory.hashes, 1.0))
+    return before.measured({row: 1.0 + rise[task] for task, found in memory.tasks.items() for row in found})
+
+
+def test_hard_rows_are_those_that_were_forgotten_most_and_half_of_the_draw() -> None:
+    memory = remember(rows("a", 20), rows("b", 20), size=40)
+    memory = memory.measured(dict.fromkeys(memory.hashes, 1.0))
+    worst = memory.hashes[3:9]
+    memory = memory.measured({row: 2.0 + n for n, row in enumerate(worst)})
+    drawn = draw_hardest(memory, 8, 0, 0)
+    assert drawn[:4] == worst[:1:-1]
+    assert drawn[4:] == draw_equally(memory, 4, 0, 0)
+    unmeasured = remember(rows("a", 20), size=20)
+    assert draw_hardest(unmeasured, 8, 0, 0) == draw_equally(unmeasured, 8, 0, 0)
+
+
+def test_a_loss_when_learned_stays_and_the_latest_follows() -> None:
+    (row,) = (memory := remember(rows("a", 1), size=9)).hashes
+    for loss in (1.0, 0.5, 1.75):
+        memory = memory.measured({row: loss})
+    assert memory.tasks["a"][row] == Trace(learned=1.0, latest=1.75)
+    assert memory.tasks["a"][row].rise == 0.75
+    assert memory.measured({}).tasks == memory.tasks
+
+
+def test_a_task_that_is_retained_rests_twice_as_long_and_a_forgotten_one_is_due() -> None:
+    memory = remember(rows("a", 4), rows("b", 4), size=8)
+    turns = []
+    for _ in range(8):
+        memory = respaced(measured(memory, {"a": 0.0, "b": 2 * FORGOTTEN}))
+        turns.append((memory.spacing["a"].interval, memory.spacing["a"].wait, memory.spacing["b"].interval))
+    assert turns == [(1, 1, 1), (2, 2, 1), (2, 1, 1), (4, 4, 1), (4, 3, 1), (4, 2, 1), (4, 1, 1), (8, 8, 1)]
+    for _ in range(60):
+        memory = respaced(measured(memory, {"a": 0.0, "b": 0.0}))
+    assert memory.spacing["a"].interval == LONGEST_INTERVAL
+    assert respaced(measured(memory, {"a": 1.0, "b": 0.0})).spacing["a"] == Spacing()
+
+
+def test_only_tasks_that_are_due_are_rehearsed_and_cost_time() -> None:
+    memory = remember(rows("a", 10), rows("b", 10), rows("c", 10), size=30)
+    assert len(draw_due(memory, 12, 0, 0)) == 12
+    resting = replace(memory, spacing={"a": Spacing(interval=4, wait=3)})
+    assert Counter(row[0] for row in draw_due(resting, 12, 0, 0)) == {"b": 4, "c": 4}
+    everyone = dict.fromkeys("abc", Spacing(interval=2, wait=2))
+    assert draw_due(replace(memory, spacing=everyone), 12, 0, 0) == []
+
+
+def test_a_uniform_draw_takes_every_row_before_one_comes_again() -> None:
+    memory = remember(rows("a", 30), rows("b", 10), size=40)
+    epochs = [draw_uniformly(memory, 10, 0, epoch) for epoch in range(4)]
+    assert Counter(row for epoch in epochs for row in epoch) == Counter(memory.hashes)
+
+
+def test_a_memory_of_the_first_format_is_read(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text('{"format": 1, "seed": 3, "tasks": {"a": ["x", "y"], "b": ["z"]}}')
+    memory = replay_memory.load(tmp_path)
+    assert memory == Memory(
+        seed=3, seen=3, tasks={"a": {"x": Trace(), "y": Trace()}, "b": {"z": Trace()}}, spacing={}
+    )
+
+
+def test_the_newest_answer_to_the_same_question_wins() -> None:
+    def example(name: str, question: int, answer: int, task: str = "t") -> Example:
+        return Example(row_hash=name, task=task, prompt_ids=(question,), answer_ids=(answer,))
+
+    old = [
+        example("changed", 1, 5),
+        example("same", 2, 5),
+        example("other task", 1, 5, "u"),
+        example("o", 3, 5),
+    ]
+    assert superseded(old, [example("n1", 1, 6), example("n2", 2, 5), example("n3", 4, 5)]) == {"changed"}
+    both = [example("n1", 1, 5), example("n2", 1, 6)]  # the new rows do not agree among themselves
+    assert superseded(old, both) == set()
+
+
+@pytest.mark.parametrize("policy", ["hardest", "spaced"])
+def test_policies_that_ask_what_was_forgotten_measure_it(base: Path, tmp_path: Path, policy: str) -> None:
+    spec = replace(REPLAY, replay_policy=policy)
+    old, new = lesson("a", 16), lesson("b", 16)
+    run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=spec))
+    first = replay_memory.load(result_files(tmp_path / "one")["state"])
+    assert first is not None
+    run(
+        job(
+            base, snapshot(tmp_path / "2", new, memory=old), tmp_path / "two", tmp_path / "one", strategy=spec
+        )
+    )
+    second = replay_memory.load(result_files(tmp_path / "two")["state"])
+    assert second is not None
+    for row, trace in second.tasks["a"].items():
+        assert trace.learned == first.tasks["a"][row].learned
+        assert trace.latest not in (None, trace.learned)
+    assert all(trace.learned == trace.latest for trace in second.tasks["b"].values())
+    assert set(second.spacing) == {"a", "b"}
+
+
+def test_remembered_rows_with_a_newer_answer_are_not_rehearsed(base: Path, tmp_path: Path) -> None:
+    old = lesson("a", 10)
+    run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=REPLAY))
+    new = [replace(row, hash=f"new {row.hash}", answer="another colour") for row in old[:3]]
+    offered = snapshot(tmp_path / "2", new, memory=old)
+    report = run(job(base, offered, tmp_path / "two", tmp_path / "one", strategy=REPLAY))
+    assert "3 remembered rows have a newer answer and were forgotten" in report.notes
+    assert not {row.hash for row in old[:3]} & set(report.rehearsed)
+    assert {row.hash for row in new} <= set(memory_hashes(result_files(tmp_path / "two")["state"]))
+
+
 def test_a_row_that_is_seen_again_is_remembered_once() -> None:
     assert sizes(remember(rows("a", 10), rows("a", 10), size=60)) == {"a": 10}
 
 
 def test_an_epoch_rehearses_all_tasks_equally_and_no_row_twice() -> None:
     memory = remember(rows("a", 40), rows("b", 40), rows("c", 4), size=100)
-    drawn = memory.rehearse(30, seed=0, epoch=0)
+    drawn = draw_equally(memory, 30, 0, 0)
     assert len(drawn) == len(set(drawn)) == 30
     assert Counter(row[0] for row in drawn) == {"a": 13, "b": 13, "c": 4}
-    assert memory.rehearse(30, seed=0, epoch=0) == drawn
-    assert memory.rehearse(30, seed=1, epoch=0) != drawn
+    assert draw_equally(memory, 30, 0, 0) == drawn
+    assert draw_equally(memory, 30, 1, 0) != drawn
 
 
 def test_epochs_go_on_until_the_memory_is_exhausted_and_then_begin_again() -> None:
     memory = remember(rows("a", 20), rows("b", 20), size=40)
-    epochs = [memory.rehearse(10, seed=0, epoch=epoch) for epoch in range(8)]
+    epochs = [draw_equally(memory, 10, 0, epoch) for epoch in range(8)]
     assert Counter(row for epoch in epochs[:4] for row in epoch) == Counter(memory.hashes)
     assert Counter(row for epoch in epochs[4:] for row in epoch) == Counter(memory.hashes)
     assert epochs[4:] != epochs[:4]
@@ -101,14 +256,14 @@ def test_epochs_go_on_until_the_memory_is_exhausted_and_then_begin_again() -> No
 
 def test_more_draws_than_rows_repeat_nothing_before_everything_came() -> None:
     memory = remember(rows("a", 5), rows("b", 2), size=40)
-    times = Counter(memory.rehearse(17, seed=0, epoch=0))
+    times = Counter(draw_equally(memory, 17, 0, 0))
     assert sum(times.values()) == 17
     assert set(times.values()) == {2, 3}
 
 
 def test_few_draws_reach_every_task_in_turn() -> None:
     memory = remember(*(rows(task, 10) for task in "abcdef"), size=60)
-    assert {row[0] for epoch in range(3) for row in memory.rehearse(2, seed=0, epoch=epoch)} == set("abcdef")
+    assert {row[0] for epoch in range(3) for row in draw_equally(memory, 2, 0, epoch)} == set("abcdef")
 
 
 def test_a_memory_survives_its_file(tmp_path: Path) -> None:
@@ -125,7 +280,7 @@ def test_the_first_seed_stays_the_memorys_seed(base: Path, tmp_path: Path) -> No
     run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=REPLAY))
     second = snapshot(tmp_path / "2", new, memory=old)
     run(job(base, second, tmp_path / "two", tmp_path / "one", strategy=REPLAY, train=replace(SPEC, seed=9)))
-    expected = remember(*([(row.hash, row.task) for row in part] for part in (old, new)), size=12)
+    expected = taught(base, old, new, size=12)
     assert replay_memory.load(result_files(tmp_path / "two")["state"]) == expected
 
 
@@ -168,7 +323,7 @@ def test_a_memory_at_rest_takes_in_what_is_learned_meanwhile(base: Path, tmp_pat
     second = snapshot(tmp_path / "2", new)
     resting = replace(REPLAY, methods=())
     report = run(job(base, second, tmp_path / "two", tmp_path / "one", strategy=resting))
-    expected = remember(*([(row.hash, row.task) for row in part] for part in (old, new)), size=12)
+    expected = taught(base, old, new, size=12)
     assert replay_memory.load(result_files(tmp_path / "two")["state"]) == expected
     assert (report.rehearsed, report.memory_rows) == ((), 12)
     run(job(base, second, tmp_path / "naive", strategy=resting))
@@ -187,8 +342,8 @@ def test_the_report_names_the_remembered_rows_that_were_rehearsed(base: Path, tm
         spec = replace(SPEC, epochs=5, patience=patience, learning_rate=rate)
         out = tmp_path / f"patience {patience}"
         report = run(job(base, data, out, tmp_path / "one", strategy=everything, train=spec))
-        memory = remember([(row.hash, row.task) for row in old], size=40)
-        drawn = {row for epoch in range(report.epochs) for row in memory.rehearse(4, seed=0, epoch=epoch)}
+        memory = taught(base, old, size=40)
+        drawn = {row for epoch in range(report.epochs) for row in draw_equally(memory, 4, 0, epoch)}
         assert report.rehearsed == tuple(sorted(drawn))
         assert len(drawn) == 4 * report.epochs
         assert report.stopped_early == bool(patience)

@@ -158,8 +158,9 @@ SELECT passed, verdict FROM verdicts WHERE cycle_id = $cycle_id;
 INSERT INTO candidates VALUES ($cycle_id, $number, $kind, $source, $result, $strategy, $change, $share,
     $curve, $model, $passed, $verdict, $note, $created_at)
 ON CONFLICT (cycle_id, number) DO UPDATE SET
-    share = excluded.share, curve = excluded.curve, model = excluded.model, passed = excluded.passed,
-    verdict = excluded.verdict, note = excluded.note;
+    result = excluded.result, strategy = excluded.strategy, change = excluded.change, share = excluded.share,
+    curve = excluded.curve, model = excluded.model, passed = excluded.passed, verdict = excluded.verdict,
+    note = excluded.note;
 
 -- name: candidates
 SELECT * FROM candidates WHERE cycle_id = $cycle_id ORDER BY number;

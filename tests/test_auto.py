@@ -1,0 +1,200 @@
+"""`strategy = "auto"`: trainings are real, what they answer on validation rows is scripted."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+
+from daemon import report
+from daemon.auto import Trial, affordable, best, reason
+from daemon.executor import OnProgress, Stop
+from storage.artifacts import atomic_dir, made_for
+from storage.errors import Interrupted, NonFiniteLoss
+from storage.parquet import read_rows
+from storage.records import State
+from strategies import combinations
+from strategies.contract import EvaluateJob, StrategySpec, TrainJob, TrainReport
+from strategies.evaluation import SCHEMA
+from tests.bots import FLAVOURS, Bot, InlineExecutor, lesson, make_bot
+
+NAMES = ["+".join(methods) for methods in combinations.SHORTLIST]
+
+
+class Scripted(InlineExecutor):
+    """`right` is the share of validation rows that each trial answers right; suites are answered for real."""
+
+    def __init__(self, right: Mapping[str, float]) -> None:
+        super().__init__()
+        self.right = right
+        self.trained: list[str] = []
+        self.broken: set[str] = set()
+        self.seconds: float | None = None
+        self.probed = 0
+
+    def train(self, job: TrainJob, on_progress: OnProgress, stop: Stop) -> TrainReport:
+        if job.strategy.name in self.broken:
+            raise NonFiniteLoss(f"the loss of {job.strategy.name} became nan")
+        if not made_for(Path(job.out), job.digest):
+            self.trained.append(job.strategy.name)
+        told = super().train(job, on_progress, stop)
+        return replace(told, seconds=self.seconds) if self.seconds is not None else told
+
+    def evaluate(self, job: EvaluateJob, on_progress: OnProgress, stop: Stop) -> None:
+        if "candidate" in job.models:
+            super().evaluate(job, on_progress, stop)
+        else:
+            self._answer(job)
+
+    def _answer(self, job: EvaluateJob) -> None:
+        self.probed += 1
+        self._enter("evaluate")
+        lines: list[dict[str, Any]] = []
+        for label, task in job.plan:
+            path = next(suite.path for suite in job.suites if suite.task.name == task)
+            rows = [row for row in read_rows(path) if row.task == task]
+            for n, row in enumerate(rows):
+                score = dict.fromkeys(
+                    ("exact_match", "token_f1", "score"), float(n < self.right[label] * len(rows))
+                )
+                lines.append({"model": label, "task": task, "row_hash": row.hash, "prediction": "?"} | score)
+        with atomic_dir(job.out, {"job": job.digest}) as folder:
+            pq.write_table(pa.Table.from_pylist(lines, SCHEMA), folder / "predictions.parquet")
+        self.after("evaluate")
+
+
+@pytest.fixture
+def bot(tmp_path: Path, base: Path) -> Iterator[Bot]:
+    """It has learned colours and is about to learn flavours."""
+    made = make_bot(tmp_path, base, **{"strategy.methods": "auto"})
+    made.executor = Scripted(dict(zip(NAMES, (0.5, 1.0, 0.5), strict=True)))
+    made.collect(lesson("colours"))
+    made.run()
+    made.collect(lesson("flavours", FLAVOURS))
+    yield made
+    made.store.close()
+
+
+def script(bot: Bot) -> Scripted:
+    assert isinstance(bot.executor, Scripted)
+    return bot.executor
+
+
+def test_the_best_on_validation_rows_is_the_candidate_and_the_reason_is_told(bot: Bot) -> None:
+    assert script(bot).trained == [NAMES[0]]  # a first cycle has nothing to forget
+    assert bot.store.candidates(1)[0].change is None
+    cycle = bot.run()
+    assert cycle.state is State.PROMOTED
+    assert script(bot).trained == [NAMES[0], *NAMES]
+    (candidate,) = bot.store.candidates(cycle.id)
+    assert candidate.result == f"cycles/2/trial-{NAMES[1]}/train"
+    told = json.loads((bot.settings.state_dir / candidate.result / "report.json").read_text())
+    assert told["strategy"] == NAMES[1]
+    assert f"auto chose {NAMES[1]}; mean score on the validation rows of 2 tasks" in (candidate.change or "")
+    assert f"{NAMES[1]} 100.0" in (candidate.change or "")
+    assert any(candidate.change in line for line in report.explain(report.cycle_report(bot.store, 2)))
+    client = MlflowClient(bot.settings.tracking_uri)
+    run = client.get_run(client.get_model_version("test-bot", "2").run_id)
+    assert run.data.params["strategy.methods"] == str(tuple(NAMES[1].split("+")))
+
+
+def test_what_was_not_chosen_is_tidied_away(bot: Bot) -> None:
+    bot.run()
+    trials = [path.name for path in (bot.settings.state_dir / "cycles" / "2").glob("trial-*")]
+    assert trials == [f"trial-{NAMES[1]}"]
+
+
+def test_the_suites_have_no_part_in_the_choice(bot: Bot) -> None:
+    cycle = bot.run()
+    probes = bot.settings.state_dir / "snapshots" / str(cycle.snapshot) / "probe.parquet"
+    asked = {row.hash for row in read_rows(probes)}
+    assert asked
+    suites = [row for task in ("colours", "flavours") for row in bot.store.suite_rows(task, 1)]
+    assert not asked & {row.hash for row in suites}
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_daemon_that_is_stopped_between_trials_goes_on_with_the_next(bot: Bot, after: int) -> None:
+    cycle = bot.request()
+    count = 0
+
+    def stop_there(stage: str) -> None:
+        nonlocal count
+        count += stage == "train"
+        if count == after:
+            count += 10
+            raise Interrupted()
+
+    script(bot).after = stop_there  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        bot.run(cycle)
+    bot.reopen()
+    assert bot.run(cycle).state is State.PROMOTED
+    assert script(bot).trained == [NAMES[0], *NAMES]  # none of them twice
+    assert bot.store.candidates(cycle.id)[0].strategy is not None
+
+
+def test_trials_end_with_the_budget(bot: Bot) -> None:
+    script(bot).seconds = 25 * 60.0
+    cycle = bot.run()
+    (candidate,) = bot.store.candidates(cycle.id)
+    assert script(bot).trained == [NAMES[0], *NAMES[:2]]
+    assert f"{NAMES[2]}: not tried, strategy.auto_minutes is 60" in (candidate.change or "")
+
+
+def test_one_training_that_fills_the_budget_is_not_examined_for_nothing(bot: Bot) -> None:
+    script(bot).seconds = 31 * 60.0
+    cycle = bot.run()
+    assert cycle.state is State.PROMOTED
+    assert (script(bot).trained, script(bot).probed) == ([NAMES[0], NAMES[0]], 0)
+
+
+def test_a_strategy_that_cannot_learn_the_rows_is_passed_over(bot: Bot) -> None:
+    script(bot).broken = {NAMES[1]}
+    cycle = bot.run()
+    (candidate,) = bot.store.candidates(cycle.id)
+    assert f"auto chose {NAMES[0]}" in (candidate.change or "")
+    assert f"{NAMES[1]}: the loss of {NAMES[1]} became nan" in (candidate.change or "")
+
+
+def test_when_none_can_learn_the_rows_the_cycle_fails_with_the_reason(bot: Bot) -> None:
+    script(bot).broken = set(NAMES)
+    cycle = bot.run()
+    assert cycle.state is State.FAILED
+    assert "became nan" in (cycle.reason or "")
+
+
+def trial(name: str, *scores: float) -> Trial:
+    return Trial(
+        strategy=StrategySpec(methods=tuple(name.split("+"))),
+        result=Path(name),
+        seconds=60.0,
+        scores={str(n): score for n, score in enumerate(scores)},
+    )
+
+
+def test_tasks_count_alike_and_of_equals_the_first_is_chosen() -> None:
+    one, two, three = trial("replay", 1.0, 0.5), trial("ewc", 0.9, 0.6), trial("si", 0.8, 0.6)
+    assert best([one, two, three]) is one
+    assert best([three, two, one]) is two
+
+
+def test_a_budget_is_for_all_trainings_together() -> None:
+    assert affordable([], 1)
+    assert affordable([60.0, 60.0], 3)
+    assert not affordable([60.0, 61.0], 3)
+
+
+def test_the_reason_has_every_number() -> None:
+    told = reason(
+        trial("replay", 1.0, 0.5), [trial("replay", 1.0, 0.5), trial("ewc", 0.5, 0.5)], {"si": "why"}
+    )
+    assert told == (
+        "auto chose replay; mean score on the validation rows of 2 tasks: replay 75.0 (60 s), "
+        "ewc 50.0 (60 s); si: why"
+    )
