@@ -88,6 +88,7 @@ _ALL = (
     Contender(
         name="merge", about="ends at 0.7 of the way from the champion", strategy={"methods": ("merge",)}
     ),
+    Contender(name="orthogonal", about="naive from PEFT's orthogonal start", lora={"init": "orthogonal"}),
     Contender(name="olora", about="a new orthogonal adapter each time", strategy={"methods": ("olora",)}),
 )
 

@@ -100,6 +100,15 @@ class Lora(Section):
     alpha: Positive = Field(32, description="The update is scaled by alpha / rank.")
     dropout: Share = Field(0.0, description="Dropout on the adapter's input.")
     targets: str = Field("all-linear", description='Module names separated by commas, or "all-linear".')
+    init: Literal["zero", "orthogonal"] = Field(
+        "zero", description="Start of a fresh adapter. orthogonal: PEFT's; both factors learn at once."
+    )
+
+    @model_validator(mode="after")
+    def _even(self) -> "Lora":
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError(f"init = 'orthogonal' halves the rank, and rank is {self.rank}; make it even")
+        return self
 
 
 class Training(Section):

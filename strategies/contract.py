@@ -87,6 +87,7 @@ class LoraSpec(Record):
     alpha: int = 32
     dropout: float = 0.0
     targets: str = "all-linear"  # or module names separated by commas
+    init: str = "zero"  # zero | orthogonal: how a fresh adapter comes to change nothing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,12 @@ def context_tokens(model: Any) -> int:
 
 
 def fresh_adapter(base: Base, lora: LoraSpec, seed: int) -> PeftModel:
-    """A new adapter that changes nothing yet (B is zero); A is drawn from `seed`."""
+    """A new adapter that changes nothing yet; drawn from `seed`.
+
+    `zero`: B is zero (Hu et al. 2021). `orthogonal`: A's columns and B's rows lie in orthogonal halves of the
+    rank's space, so that BA is zero while both can learn from the first step (PEFT's own option; the rank
+    must be even). PEFT's other starts (PiSSA, CorDA, …) rewrite the base, which must stay as it is.
+    """
     torch.manual_seed(seed)
     targets = ALL_LINEAR if lora.targets == ALL_LINEAR else _names(lora.targets)
     config = LoraConfig(
@@ -108,6 +113,7 @@ def fresh_adapter(base: Base, lora: LoraSpec, seed: int) -> PeftModel:
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
+        init_lora_weights="orthogonal" if lora.init == "orthogonal" else True,
     )
     try:
         return get_peft_model(base.model, config)
@@ -148,7 +154,7 @@ def grown_adapter(base: Base, folder: Path, lora: LoraSpec, seed: int) -> PeftMo
     rank, alpha = config.r + lora.rank, config.lora_alpha * (config.r + lora.rank) / config.r
     if alpha != round(alpha):
         raise ModelError(f"lora.rank = {lora.rank} does not fit beside an adapter of rank {config.r}")
-    grown = fresh_adapter(base, replace(lora, rank=rank, alpha=round(alpha)), seed)
+    grown = fresh_adapter(base, replace(lora, rank=rank, alpha=round(alpha), init="zero"), seed)
     with torch.no_grad():
         for name, tensor in get_peft_model_state_dict(grown).items():
             part = tensor[: config.r] if ".lora_A." in name else tensor[:, : config.r]

@@ -90,6 +90,7 @@ def test_paths_are_relative_to_the_file_not_to_the_shell(tmp_path: Path) -> None
         ('[strategy]\nmethods = ["ewc", "ewc"]', ["strategy.methods", "twice"]),
         ('[strategy]\nmethods = ["joint", "replay"]', ["strategy.methods", "joint", "alone"]),
         ("[strategy]\nmethods = [1]", ["strategy.methods.0 = 1", "in quotes"]),
+        ('[lora]\nrank = 3\ninit = "orthogonal"', ["lora", "rank is 3", "make it even"]),
         ("strategy = 3", ["strategy = 3", "[strategy]"]),
         ("[splits]\nvalidation = 0.5\nsuite = 0.5", ["splits", "leave at least 0.1"]),
         ('[tasks.x]\nkind = "poem"', ["tasks.x.kind = 'poem'", "'free'"]),

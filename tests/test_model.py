@@ -63,6 +63,18 @@ def test_a_fresh_adapter_changes_nothing_and_is_drawn_from_the_seed(folder: Path
     assert not torch.equal(same, other)
 
 
+def test_an_orthogonal_start_changes_nothing_and_both_factors_learn_at_once(folder: Path) -> None:
+    base = load_base(tiny_model_spec(folder))
+    rows = collate(encode(tiny_rows("a", 4), base.prompter), base.prompter.pad_id)
+    before = nll(base.model, rows)[0].item()
+    made = fresh_adapter(base, LoraSpec(rank=4, alpha=8, init="orthogonal"), seed=0)
+    loss, _ = nll(made, rows)
+    assert loss.item() == pytest.approx(before, rel=1e-5)
+    loss.backward()
+    assert all(p.abs().max() > 0 for p in trainable(made).values())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trainable(made).values())
+
+
 def test_only_lora_parameters_train(base: Base) -> None:
     made = fresh_adapter(base, LORA, seed=0)
     assert trainable(made)
