@@ -1,6 +1,5 @@
 """What every method owes: the same training twice is the same to the last byte, and so is one in pieces."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -31,9 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=SPECS)
-def whole(
-    request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[TrainJob]:
+def whole(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
     """A second cycle with dropout, validation and the best adapter, run in one go."""
     home = tmp_path_factory.mktemp(request.param)
     spec, lora = SPECS[request.param], LoraSpec(rank=2, alpha=4, dropout=0.3)
