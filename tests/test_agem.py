@@ -1,5 +1,6 @@
 """A-GEM: the projection by hand, and that no step of a training goes against the remembered rows."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from strategies.experience import LanguageExperience
 from strategies.method import Method
 from strategies.model import trainable
 from strategies.replay import seen
-from strategies.replay_memory import memory_hashes
+from strategies.replay_memory import Memory, Seen, memory_hashes
+from strategies.replay_policies import draw_equally
 from tests import trainings
 from tests.toys import tiny_base
 from tests.trainings import adapter_bytes, job, lesson, run, snapshot, state
@@ -130,3 +132,25 @@ def test_its_memory_is_that_of_replay(base: Path, tmp_path: Path) -> None:
         run(job(base, data, tmp_path / f"{name} 2", tmp_path / f"{name} 1", strategy=spec))
     assert adapter_bytes(tmp_path / "agem 1") == adapter_bytes(tmp_path / "replay 1")
     assert state(tmp_path / "agem 2") == state(tmp_path / "replay 2") != {}
+
+
+THREE_TASKS = Memory(seed=0).with_rows(
+    Seen(hash=f"{task}{n}", task=task) for task, size in (("a", 2), ("b", 3), ("c", 5)) for n in range(size)
+)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 23])
+def test_steps_draw_on_where_the_step_before_ended(count: int) -> None:
+    drawn = Counter[str]()
+    for step in range(12):
+        rows = draw_equally(THREE_TASKS, count, seed=0, epoch=step)
+        assert len(rows) == count
+        drawn.update(rows)
+        for task in THREE_TASKS.tasks.values():
+            times = [drawn[row] for row in task]
+            assert max(times) - min(times) <= 1, "nothing comes again before everything came"
+
+
+def test_a_late_step_draws_as_soon_as_an_early_one() -> None:
+    """Walking through all steps before would make long trainings quadratic; here it would never end."""
+    assert sorted(row[0] for row in draw_equally(THREE_TASKS, 3, seed=0, epoch=10**9)) == ["a", "b", "c"]
