@@ -293,7 +293,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
             checkpoint.restore_random_states(checkpoint.under("random/", self._saved), self.device)
             self._saved = None
         self._has_begun = True
-        self._mark, self._cpu_mark = time.monotonic(), time.process_time()
+        self.count_time()  # what methods did beforehand is training, too
         self._begun_at = (self.course.steps, self.course.seconds)
 
     def count_time(self) -> float:
