@@ -3,13 +3,18 @@
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from storage.errors import Interrupted
+from strategies import loop
 from strategies.catalogue import METHODS
 from strategies.contract import LoraSpec, StrategySpec, TrainJob, TrainReport
 from strategies.loop import train
+from strategies.method import Method
+from tests import trainings
 from tests.toys import tiny_base
 from tests.trainings import SPEC, StopAfter, adapter_bytes, job, lesson, run, snapshot, state
 
@@ -60,6 +65,30 @@ def test_the_same_training_again_gives_the_same_bytes(whole: TrainJob, tmp_path:
     asked = again(whole, tmp_path)
     assert told(run(asked)) == told(run(whole))
     assert result(asked) == result(whole)
+
+
+class Ponders(Method):
+    """Takes a minute before the first step, by the clock that it is given."""
+
+    def __init__(self, clock: list[float]) -> None:
+        super().__init__(PLAIN, seed=0)
+        self.clock = clock
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self.clock[0] += 60
+
+
+def test_what_a_method_does_before_the_first_step_is_training_time(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LwF asks the champion about every row then; its price must not be hidden."""
+    clock = [0.0]
+    monkeypatch.setattr(
+        loop, "time", SimpleNamespace(monotonic=lambda: clock[0], process_time=lambda: 2 * clock[0])
+    )
+    learner = trainings.learner(base, tmp_path, [Ponders(clock)])
+    learner.train(trainings.experience(learner, lesson("a", 4)), eval_streams=[])
+    assert (learner.course.seconds, learner.course.cpu_seconds) == (60, 120)
 
 
 def test_a_training_in_pieces_gives_the_same_bytes(whole: TrainJob, tmp_path: Path) -> None:
