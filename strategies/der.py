@@ -68,7 +68,8 @@ def save(opinions: dict[str, Opinion], path: Path) -> None:
         "logprobs": torch.cat([opinions[row].logprobs for row in rows]),
     }
     told = [[row, len(opinions[row].ids)] for row in rows]  # hash, answer tokens
-    save_file(tensors, path, metadata={"format": "1", "rows": json.dumps(told)})
+    # Under one key: safetensors writes several in another order every time.
+    save_file(tensors, path, metadata={"rows": json.dumps(told)})
 
 
 def load(path: Path) -> dict[str, Opinion]:

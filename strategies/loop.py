@@ -79,6 +79,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
         self.examples: Sequence[Example] = ()  # of the pass
         self.methods = {type(method).__name__: method for method in methods}
         self._saved: dict[str, Tensor] | None = None
+        self._has_begun = False  # whether model and optimiser are where `course` says
         self._mark, self._cpu_mark = time.monotonic(), time.process_time()
         self._begun_at = (0, 0.0)  # steps and seconds when this process took over
 
@@ -90,9 +91,14 @@ class Learner(SGDUpdate, BaseSGDTemplate):
         self.penalty = self.penalty + term.detach()
 
     def check_stop(self) -> None:
-        """Raises `Interrupted`, with everything so far on disk, when a stop was asked for."""
+        """Raises `Interrupted`, with everything so far on disk, when a stop was asked for.
+
+        Before the first step there is nothing to save: the model is still the parent's, and a checkpoint
+        that will be continued is on disk already.
+        """
         if self.should_stop():
-            self.save_checkpoint()
+            if self._has_begun:
+                self.save_checkpoint()
             raise Interrupted()
 
     # One experience.
@@ -286,7 +292,8 @@ class Learner(SGDUpdate, BaseSGDTemplate):
                 method.resume(checkpoint.under(f"methods/{name}/", self._saved))
             checkpoint.restore_random_states(checkpoint.under("random/", self._saved), self.device)
             self._saved = None
-        self._mark, self._cpu_mark = time.monotonic(), time.process_time()
+        self._has_begun = True
+        self.count_time()  # what methods did beforehand is training, too
         self._begun_at = (self.course.steps, self.course.seconds)
 
     def count_time(self) -> float:

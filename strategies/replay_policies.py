@@ -67,11 +67,10 @@ def draw_equally(memory: Memory, count: int, seed: int, epoch: int) -> list[str]
     epoch continues where the one before it ended. Nothing comes twice before everything came once.
     """
     sizes = {task: len(rows) for task, rows in memory.tasks.items()}
+    starts, stops = _drawn(sizes, count, epoch), _drawn(sizes, count, epoch + 1)
     drawn = []
     for task, rows in sorted(memory.tasks.items()):
-        start = sum(_quotas(sizes, count, past)[task] for past in range(epoch))
-        stop = start + _quotas(sizes, count, epoch)[task]
-        drawn += _stream(list(rows), start, stop, f"{seed}/{task}")
+        drawn += _stream(list(rows), starts[task], stops[task], f"{seed}/{task}")
     return drawn
 
 
@@ -133,9 +132,7 @@ def share_out(room: int, wants: Mapping[str, int], turn: int = 0) -> dict[str, i
 
     Room that cannot be divided equally goes to some, one each; `turn` moves on who they are.
     """
-    level = (
-        bisect_right(range(room + 1), room, key=lambda n: sum(min(n, want) for want in wants.values())) - 1
-    )
+    level = _level(room, wants)
     given = {name: min(level, want) for name, want in wants.items()}
     rest = room - sum(given.values())
     hungry = [name for name in sorted(wants) if wants[name] > level]
@@ -144,11 +141,21 @@ def share_out(room: int, wants: Mapping[str, int], turn: int = 0) -> dict[str, i
     return given
 
 
-def _quotas(sizes: Mapping[str, int], count: int, epoch: int) -> dict[str, int]:
-    """Rows of each task in an epoch."""
-    rounds, rest = divmod(count, sum(sizes.values()))
-    shares = share_out(rest, sizes, turn=epoch)
-    return {task: rounds * size + shares[task] for task, size in sizes.items()}
+def _level(room: int, wants: Mapping[str, int]) -> int:
+    """The largest equal share that the room has for everybody."""
+    return bisect_right(range(room + 1), room, key=lambda n: sum(min(n, want) for want in wants.values())) - 1
+
+
+def _drawn(sizes: Mapping[str, int], count: int, epochs: int) -> dict[str, int]:
+    """Rows of each task in the first so many epochs: what cannot be divided equally goes round among them."""
+    rounds, room = divmod(count, max(sum(sizes.values()), 1))
+    level = _level(room, sizes)
+    total = {task: epochs * (rounds * size + min(level, size)) for task, size in sizes.items()}
+    hungry = [task for task in sorted(sizes) if sizes[task] > level]
+    rest = epochs * count - sum(total.values())
+    for n, task in enumerate(hungry):
+        total[task] += rest // len(hungry) + (n < rest % len(hungry))
+    return total
 
 
 def _stream(rows: list[str], start: int, stop: int, seed: str) -> list[str]:
