@@ -79,6 +79,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
         self.examples: Sequence[Example] = ()  # of the pass
         self.methods = {type(method).__name__: method for method in methods}
         self._saved: dict[str, Tensor] | None = None
+        self._under_way = False  # this process has begun to learn, where the checkpoint left off
         self._mark, self._cpu_mark = time.monotonic(), time.process_time()
         self._begun_at = (0, 0.0)  # steps and seconds when this process took over
 
@@ -90,9 +91,14 @@ class Learner(SGDUpdate, BaseSGDTemplate):
         self.penalty = self.penalty + term.detach()
 
     def check_stop(self) -> None:
-        """Raises `Interrupted`, with everything so far on disk, when a stop was asked for."""
+        """Raises `Interrupted`, with everything so far on disk, when a stop was asked for.
+
+        While methods look at rows before the training, the model is the parent's still: a checkpoint of it
+        would be written over the one that the training is to go on from.
+        """
         if self.should_stop():
-            self.save_checkpoint()
+            if self._under_way:
+                self.save_checkpoint()
             raise Interrupted()
 
     # One experience.
@@ -286,6 +292,7 @@ class Learner(SGDUpdate, BaseSGDTemplate):
                 method.resume(checkpoint.under(f"methods/{name}/", self._saved))
             checkpoint.restore_random_states(checkpoint.under("random/", self._saved), self.device)
             self._saved = None
+        self._under_way = True
         self._mark, self._cpu_mark = time.monotonic(), time.process_time()
         self._begun_at = (self.course.steps, self.course.seconds)
 
