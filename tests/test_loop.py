@@ -1,5 +1,6 @@
 """Learning one experience: the loss, the steps, the end, and what is left behind."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -8,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from daemon.settings import METHODS
 from storage.artifacts import verify
 from storage.errors import IntegrityError, NonFiniteLoss, TrainingError
 from strategies import catalogue
 from strategies.batches import Example, collate, encode, nll
+from strategies.combinations import METHODS, complaint
 from strategies.contract import LoraSpec, Progress, StrategySpec, TrainReport, result_files
 from strategies.experience import Loader, Step
 from strategies.loop import learning_rate, train
@@ -282,8 +283,14 @@ def test_reports_cross_the_process_boundary_unchanged(base: Path, tmp_path: Path
 
 def test_the_catalogue_holds_the_methods_that_the_configuration_knows() -> None:
     assert set(catalogue.METHODS) == set(METHODS)
-    files = [method.file for method in catalogue.build(StrategySpec(methods=METHODS), seed=0)]
-    assert len(set(files)) == len(files)
+
+
+def test_methods_that_go_together_write_different_files() -> None:
+    for one, other in itertools.combinations(METHODS, 2):
+        needed = ("replay",) if "der" in (one, other) else ()
+        if complaint(tuple(dict.fromkeys((*needed, one, other)))) is None:
+            files = {catalogue.METHODS[name].file for name in (one, other)}
+            assert files == {""} or len(files) == 2, f"{one} and {other} both write {files}"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
