@@ -57,12 +57,12 @@ def notes(job: TrainJob, model: Module, files: dict[str, str]) -> list[str]:
             said.append(f"{method} begins with this cycle and knows nothing of earlier ones")
         elif method not in before.split("+") and file != replay_memory.FILE:
             said.append(f"{method} was at rest and knows nothing of the cycles that were learned meanwhile")
-    grows = {"olora", "joint"} & set(job.strategy.methods)
-    return said if grows else said + _lora_notes(job, model)
+    return said if "joint" in job.strategy.methods else said + _lora_notes(job, model)
 
 
 def _lora_notes(job: TrainJob, model: Module) -> list[str]:
-    """An adapter that goes on keeps its shape; settings that ask for another one are named."""
+    """An adapter that goes on keeps its shape, and one that grows its places; settings that ask for others
+    are named."""
     assert job.parent is not None
     config = json.loads(
         (result_files(job.parent)["adapter"] / "adapter_config.json").read_text(encoding="utf-8")
@@ -74,8 +74,9 @@ def _lora_notes(job: TrainJob, model: Module) -> list[str]:
         ("dropout", lora.dropout, config["lora_dropout"], lora.dropout != config["lora_dropout"]),
         ("targets", lora.targets, ", ".join(layers), not follows_targets(model, lora.targets)),
     ]
+    grows = "olora" in job.strategy.methods
     return [
         f"lora.{name} = {asked} was not used: the champion's adapter continues with {kept}"
         for name, asked, kept, differs in settings
-        if differs
+        if differs and (name == "targets" or not grows)
     ]

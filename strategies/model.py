@@ -145,7 +145,8 @@ def with_adapter(base: Base, folder: Path, *, trainable: bool) -> PeftModel:
 def grown_adapter(base: Base, folder: Path, lora: LoraSpec, seed: int) -> PeftModel:
     """A saved adapter beside a fresh one of `lora.rank`, as one adapter that changes nothing more yet.
 
-    BA + B'A' = [B, B'] [A; A']; alpha grows with the rank, so that the scale of the old one stays.
+    BA + B'A' = [B, B'] [A; A']; alpha grows with the rank, so that the scale of the old one stays. It sits
+    where the old one sits, whatever `lora.targets` says: on fewer layers, some of the old one would be lost.
     """
     old = with_adapter(base, folder, trainable=False)
     config, weights = old.peft_config["default"], get_peft_model_state_dict(old)
@@ -154,7 +155,9 @@ def grown_adapter(base: Base, folder: Path, lora: LoraSpec, seed: int) -> PeftMo
     rank, alpha = config.r + lora.rank, config.lora_alpha * (config.r + lora.rank) / config.r
     if alpha != round(alpha):
         raise ModelError(f"lora.rank = {lora.rank} does not fit beside an adapter of rank {config.r}")
-    grown = fresh_adapter(base, replace(lora, rank=rank, alpha=round(alpha), init="zero"), seed)
+    targets = ",".join(sorted(config.target_modules))
+    shape = replace(lora, rank=rank, alpha=round(alpha), targets=targets, init="zero")
+    grown = fresh_adapter(base, shape, seed)
     with torch.no_grad():
         for name, tensor in get_peft_model_state_dict(grown).items():
             part = tensor[: config.r] if ".lora_A." in name else tensor[:, : config.r]

@@ -1,9 +1,10 @@
 """Synaptic intelligence: what brought the loss down while old answers were learned is held.
 
-    loss(θ) + λ/2 Σ Ω (θ − θ*)²,   Ω = Σₜ ωₜ / (Δₜ² + ξ),   ω = −Σ_steps ∂loss/∂θ · δθ
+    loss(θ) + λ/2 Σₜ Ωₜ (θ − θₜ)²,   Ωₜ = ωₜ / (Δₜ² + ξ),   ω = −Σ_steps ∂loss/∂θ · δθ
 
-Zenke et al. 2017 (arXiv 1703.04200). The importances fall out of the training itself and cost no pass over
-the rows: the cheap alternative to EWC. Scaled as EWC's are, so that λ means the same.
+Zenke et al. 2017 (arXiv 1703.04200), who hold the sum of all Ωₜ at the last θ; here each experience is held
+at its own end, as in EWC. The importances fall out of the training itself and cost no pass over the rows:
+the cheap alternative to EWC. Scaled as EWC's are, so that λ means the same.
 """
 
 from collections.abc import Mapping

@@ -1,5 +1,6 @@
 """Blends: exact arithmetic on real adapters, whole results, and refusals; and protection turned up."""
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from storage.artifacts import made_for, sha256_file, verify, write_manifest
 from storage.errors import IntegrityError, Interrupted, ModelError
 from strategies.blend import between, blend
+from strategies.combinations import METHODS, complaint
 from strategies.contract import BlendJob, LoraSpec, Progress, StrategySpec, blended, result_files
 from strategies.model import load_base, with_adapter
 from strategies.strengthen import changes, strengthened
@@ -133,13 +135,60 @@ def test_protection_is_turned_up_method_by_method() -> None:
     assert (only.replay_ratio, only.ewc_lambda) == (0.5, 400.0)
 
 
+STRONGER = {  # method → its setting, what it is, and what it becomes
+    "replay": ("replay_ratio", 0.5, 1.0),
+    "agem": ("replay_ratio", 1.5, 3.0),
+    "der": ("der_weight", 0.25, 0.5),
+    "lwf": ("lwf_weight", 0.75, 1.5),
+    "ewc": ("ewc_lambda", 3.0, 12.0),
+    "ewc-lora": ("ewc_lambda", 3.0, 12.0),
+    "si": ("si_lambda", 2.0, 8.0),
+    "olora": ("olora_lambda", 0.5, 2.0),
+    "merge": ("merge_weight", 0.75, 0.375),
+}
+NOTHING_TO_TURN_UP = {"joint"}  # has the whole past already
+
+
+@pytest.mark.parametrize("method", STRONGER)
+def test_each_method_is_turned_up_by_its_own_setting_and_no_other(method: str) -> None:
+    setting, before, after = STRONGER[method]
+    spec = replace(StrategySpec(methods=(method,)), **{setting: before})
+    stronger = strengthened(spec)
+    assert stronger == replace(spec, **{setting: after})
+    assert changes(spec, stronger) == f"{setting} {before} → {after}"
+
+
+def test_a_new_method_is_turned_up_or_named_as_one_that_cannot_be() -> None:
+    assert set(METHODS) == STRONGER.keys() | NOTHING_TO_TURN_UP
+    for method in NOTHING_TO_TURN_UP:
+        assert strengthened(StrategySpec(methods=(method,))) is None
+
+
+def test_methods_that_go_together_never_turn_the_same_setting_up_twice() -> None:
+    for one, other in itertools.combinations(STRONGER, 2):
+        together = ("replay", one, other) if "der" in (one, other) else (one, other)
+        if STRONGER[one][0] == STRONGER[other][0]:
+            assert complaint(tuple(dict.fromkeys(together))) is not None
+
+
+def test_all_methods_of_a_combination_are_turned_up_at_once() -> None:
+    spec = StrategySpec(methods=("replay", "der", "lwf", "ewc", "merge"))
+    assert complaint(spec.methods) is None
+    assert strengthened(spec) == replace(
+        spec, replay_ratio=1.0, der_weight=1.0, lwf_weight=1.0, ewc_lambda=4.0, merge_weight=0.35
+    )
+
+
 @pytest.mark.parametrize(
     "spec",
     [
         StrategySpec(methods=()),
         StrategySpec(methods=("replay",), replay_ratio=4.0),
         StrategySpec(methods=("replay",), replay_ratio=9.0),
+        StrategySpec(methods=("agem",), replay_ratio=4.0),
         StrategySpec(methods=("ewc",), ewc_lambda=0.0),
+        StrategySpec(methods=("ewc-lora",), ewc_lambda=0.0),
+        StrategySpec(methods=("replay", "der"), replay_ratio=4.0, der_weight=0.0),
     ],
 )
 def test_what_cannot_be_turned_up_is_not_trained_again(spec: StrategySpec) -> None:

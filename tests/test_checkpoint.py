@@ -63,6 +63,29 @@ def test_interrupted_anywhere_it_ends_in_the_same_adapter(whole: TrainJob, tmp_p
     assert report.rehearsed == uninterrupted.rehearsed != ()
 
 
+def test_a_stop_before_the_training_goes_on_leaves_the_checkpoint_as_it_was(
+    whole: TrainJob, tmp_path: Path
+) -> None:
+    """A method may look at rows first, while the model is the parent's still and not where it was stopped."""
+    lwf = replace(whole, strategy=replace(whole.strategy, methods=("lwf",)))
+    asked, without = again(lwf, tmp_path / "parts"), again(lwf, tmp_path / "whole")
+    run(without)
+    with pytest.raises(Interrupted):
+        train(asked, lambda progress: None, StopAfter(4 + 3))  # 4 batches of 2 rows to look at, then steps
+    before = Checkpoints(Path(asked.work), asked).load()
+    assert before is not None
+    assert before[0].steps == 2, "an epoch: two steps of four rows"
+    for questions in (0, 2):
+        with pytest.raises(Interrupted):
+            train(asked, lambda progress: None, StopAfter(questions))
+    after = Checkpoints(Path(asked.work), asked).load()
+    assert after is not None
+    assert after[0] == before[0]
+    assert all(torch.equal(after[1][name], tensor) for name, tensor in before[1].items())
+    run(asked)
+    assert_same(asked, without)
+
+
 class Killed(BaseException):
     """What a kill looks like from inside: nothing more is done."""
 

@@ -18,7 +18,7 @@ from strategies.contract import StrategySpec, result_files
 from strategies.ewc import Ewc, choose, fisher_information
 from strategies.experience import Loader
 from strategies.model import trainable
-from strategies.quadratic import Quadratic
+from strategies.quadratic import Quadratic, check_fit, relative
 from tests import trainings
 from tests.toys import tiny_base, tiny_multimodal
 from tests.trainings import adapter_bytes, job, lesson, run, snapshot
@@ -192,6 +192,56 @@ def test_a_damaged_state_is_an_integrity_error(tmp_path: Path) -> None:
         quadratic.load(tmp_path / "ewc.safetensors")
 
 
+def test_curvature_is_scaled_so_that_losing_everything_costs_one() -> None:
+    """H = (2, 3) and m = (3, 1) in one tensor, H = 5 and m = −2 in another: Σ Hm² = 18 + 3 + 20 = 41."""
+    curvature = {"a": torch.tensor([2.0, 3.0]), "b": torch.tensor([5.0])}
+    centre = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([-2.0])}
+    scaled = relative(curvature, centre)
+    torch.testing.assert_close(scaled["a"], torch.tensor([2 / 41, 3 / 41]))
+    torch.testing.assert_close(scaled["b"], torch.tensor([5 / 41]))
+    lost = {name: torch.zeros_like(tensor) for name, tensor in centre.items()}
+    assert Quadratic(curvature=scaled, centre=centre).at(lost).item() == pytest.approx(1.0)
+
+
+def test_scaled_curvature_does_not_know_how_steep_the_loss_was() -> None:
+    ((curvature, centre),) = quadratics(1)
+    found = relative(curvature, centre)["w"]
+    steeper = relative({"w": 1000 * curvature["w"]}, centre)["w"]
+    assert bool(found.any())
+    torch.testing.assert_close(steeper, found, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("flat", ["curvature", "centre"])
+def test_nothing_to_lose_is_not_divided_by(flat: str) -> None:
+    parts = {"curvature": torch.tensor([2.0, 3.0]), "centre": torch.tensor([3.0, 1.0])}
+    parts[flat] = torch.zeros(2)
+    scaled = relative({"w": parts["curvature"]}, {"w": parts["centre"]})
+    assert torch.equal(scaled["w"], parts["curvature"])
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"w": torch.zeros(4, 6)},
+        {"w": torch.zeros(20)},
+        {"v": torch.zeros(4, 5)},
+        {"w": torch.zeros(4, 5), "v": torch.zeros(1)},
+        {},
+    ],
+    ids=["wider", "flat", "renamed", "more", "none"],
+)
+@pytest.mark.parametrize(("method", "name"), [("ewc", "EWC"), ("si", "SI")])
+def test_a_state_of_other_parameters_is_refused_and_the_way_out_is_named(
+    parameters: dict[str, Tensor], method: str, name: str
+) -> None:
+    past = merged(quadratics(1))
+    check_fit(past, {"w": torch.zeros(4, 5)}, method)
+    with pytest.raises(
+        IntegrityError, match=rf"^the {name} state .* another shape; roll back .* or take {method} out of"
+    ):
+        check_fit(past, parameters, method)
+
+
 def test_a_state_of_another_shape_is_an_integrity_error() -> None:
     method = Ewc(EWC, seed=0)
     method.past = merged(quadratics(1))
@@ -200,11 +250,13 @@ def test_a_state_of_another_shape_is_an_integrity_error() -> None:
 
 
 def two_experiences(spec: StrategySpec, *, restart: Path | None) -> tuple[Ewc, list[dict[str, Tensor]]]:
-    """Two experiences of the unigram model, with or without a new process's reading in between."""
+    """Two experiences of the unigram model, with or without a new process's reading in between; and the
+    Fisher information of each, scaled here by hand: Σ F θ² over its own last parameters is 1."""
     method, fishers = Ewc(spec, seed=0), []
     for odds, rows in (([1.0, 1.0, 2.0], [says(0), says(1, 2)]), ([4.0, 1.0, 1.0], [says(2), says(0, 0)])):
         model = Unigram(odds)
-        fishers.append(fisher_information(teacher(model), choose(rows, 4, 0)))
+        fisher = fisher_information(teacher(model), choose(rows, 4, 0))["odds"]
+        fishers.append({"odds": fisher / (fisher * torch.tensor(odds).log() ** 2).sum()})
         method.before_training_exp(teacher(model, rows))
         method.after_training_exp(teacher(model, rows))
         if restart is not None:
@@ -251,6 +303,16 @@ def test_separate_penalties_add_up_over_experiences() -> None:
         for fisher, anchor in zip(fishers, anchors, strict=True)
     ]
     torch.testing.assert_close(method.past.at({"odds": theta}), torch.stack(parts).sum())
+
+
+def test_half_of_lambda_is_the_price_of_losing_all_that_an_experience_taught() -> None:
+    method, model, rows = Ewc(EWC, seed=0), Unigram([1.0, 1.0, 2.0]), [says(0), says(1, 2)]
+    method.after_training_exp(teacher(model, rows))
+    charged: list[Tensor] = []
+    lost = teacher(Unigram([1.0, 1.0, 1.0]))  # logarithms of 1: every parameter is zero
+    lost.last_pass, lost.penalise = True, charged.append
+    method.before_backward(lost)
+    assert [term.item() for term in charged] == [pytest.approx(10.0 / 2)]
 
 
 @pytest.fixture(scope="module")

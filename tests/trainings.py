@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from storage.artifacts import atomic_dir
+from storage.errors import Interrupted
 from storage.parquet import SnapshotRow, write_rows
 from storage.rows import Row
 from strategies.batches import encode
@@ -91,6 +92,20 @@ class StopAfter:
     def __call__(self) -> bool:
         self.left -= 1
         return self.left < 0
+
+
+def run_interrupted(job: TrainJob, questions: int = 2) -> TrainReport:
+    """The job, stopped and taken up again every few questions, a little later each time."""
+    interruptions = 0
+    while True:
+        try:
+            report = train(job, lambda progress: None, StopAfter(questions + interruptions // 3))
+        except Interrupted:
+            interruptions += 1
+            assert interruptions < 50, "no progress is made"
+        else:
+            assert interruptions > 1
+            return report
 
 
 def adapter_bytes(out: str | Path) -> bytes:
