@@ -38,7 +38,7 @@ PLUGINS: Mapping[str, Callable[[], list[Any]]] = {
     "avalanche-example": lambda: [ReplayPlugin(mem_size=200)],
     "avalanche-naive": list,
     "avalanche-replay": lambda: [ReplayPlugin(mem_size=200)],  # the example's
-    "avalanche-ewc": lambda: [EWCPlugin(ewc_lambda=1000.0)],  # the factor of `strategies.contract`
+    "avalanche-ewc": lambda: [EWCPlugin(ewc_lambda=1000.0)],  # as in Avalanche's examples of EWC
 }
 
 

@@ -23,6 +23,7 @@ from storage import artifacts
 from storage.records import Candidate, Cycle
 from storage.snapshots import Snapshot
 from storage.store import Store
+from strategies import combinations
 from strategies.contract import BlendJob, Record, StrategySpec, TrainReport, blended, result_files
 from strategies.strengthen import changes, strengthened
 
@@ -73,24 +74,26 @@ def following(
     """The next attempt after these candidates, of which `verdict` judges the last; None: no more.
 
     `strategy` and `parent` are the cycle's own. Without a champion there is nothing to blend with, and
-    nothing that more protection would know of.
+    nothing that more protection would know of. An adapter that did not grow out of the champion's has no
+    blends with it that would mean anything.
     """
     last = candidates[-1]
     if parent is None or len(candidates) > limits.attempts or is_over(candidates, limits, now):
         return None
-    if last.kind == Kind.BLEND:
-        if verdict is not None and verdict.passed:
-            return None
-        assert last.source is not None
-        before = strategy_of(candidates[last.source - 1], strategy)
-        stronger = strengthened(before)
-        if stronger is None:
-            return None
-        protect = _next(last, Kind.PROTECT, last.source, now)
-        return replace(protect, strategy=stronger.to_json(), change=changes(before, stronger))
-    if verdict is None or not gate.worth_rescuing(verdict):
+    if verdict is not None and verdict.passed:
         return None
-    return _next(last, Kind.BLEND, last.number, now)
+    trained = candidates[last.source - 1] if last.kind == Kind.BLEND and last.source else last
+    before = strategy_of(trained, strategy)
+    if last is trained:
+        if verdict is None or not gate.worth_rescuing(verdict):
+            return None
+        if not combinations.FRESH.intersection(before.methods):
+            return _next(last, Kind.BLEND, last.number, now)
+    stronger = strengthened(before)
+    if stronger is None:
+        return None
+    protect = _next(last, Kind.PROTECT, trained.number, now)
+    return replace(protect, strategy=stronger.to_json(), change=changes(before, stronger))
 
 
 def _next(last: Candidate, kind: Kind, source: int, now: datetime) -> Candidate:

@@ -188,7 +188,8 @@ class StrategySettings(Section):
         description="ewc, ewc-lora: losing all that an experience taught costs half of it, in nats.",
     )
     ewc_mode: Literal["separate", "online"] = Field(
-        "separate", description="separate: every past task in full. online: the past fades by ewc_decay."
+        "separate",
+        description="ewc only. separate: all of the past in full. online: it fades by ewc_decay.",
     )
     ewc_decay: float = Field(
         StrategySpec.ewc_decay, ge=0, le=1, description="online only: what remains of older importance."

@@ -1,9 +1,10 @@
-"""A-GEM: no step may raise the loss of remembered rows, to first order.
+"""A-GEM: no gradient may point to where the loss of remembered rows rises.
 
     g̃ = g − (g·r / r·r) r   when g·r < 0
 
 with g the step's gradient and r that of some remembered rows (Chaudhry et al. 2019, arXiv 1812.00420,
-eq. 11). A second gradient in every step: the price of replay without its rehearsal.
+eq. 11). A second gradient in every step: the price of replay without its rehearsal. That no step raises the
+loss, to first order, is true of the paper's SGD; AdamW scales what it is given, and only comes near it.
 """
 
 from typing import Any

@@ -22,11 +22,14 @@ AUTO = "auto"  # chosen on validation rows
 
 # What `auto` tries, the likeliest first. None needs a state that only some cycles would keep.
 SHORTLIST = (("replay",), ("replay", "lwf"), ("replay", "merge"))
+FRESH = frozenset({"joint", "olora"})  # their adapter is not the champion's, trained on
 REMEMBER = frozenset({"joint", "replay", "agem"})  # those with a memory of rows
 
 _NEEDS = {"der": "replay"}
 _APART = (
     ("replay", "agem", "both own the memory of rows; choose one"),
+    ("agem", "si", "si must see the gradient of the loss, and agem turns it"),
+    ("agem", "olora", "what agem turned, olora turns again: old adapters do not learn"),
     ("ewc", "si", "both hold the same parameters; choose one"),
     ("ewc", "ewc-lora", "both hold the same parameters; choose one"),
     ("ewc-lora", "si", "both hold the same parameters; choose one"),

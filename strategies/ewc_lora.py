@@ -5,7 +5,8 @@
 After EWC-LoRA (arXiv 2602.17559): what a model says depends on BA, and many B and A give the same. The
 diagonal Fisher information of ΔW is as large as the model; here it is kept as the sums of its rows and of
 its columns, F ≈ r cᵀ / Σr, as Adafactor keeps second moments (Shazeer & Stern 2018, arXiv 1804.04235).
-Neither F nor ΔW is ever formed. ΔW* is the adapter that the training starts from.
+Neither F nor ΔW is ever formed. ΔW* is the adapter that the training starts from: one anchor for all of the
+past, whose importances add up, as online EWC without fading.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storage.errors import IntegrityError, NonFiniteLoss
+from storage.errors import IntegrityError, ModelError, NonFiniteLoss
 from strategies.batches import Example, collate, nll
 from strategies.contract import Progress
 from strategies.ewc import choose
@@ -114,6 +115,11 @@ def fisher_sums(strategy: Any, rows: Sequence[Example]) -> Sums:
             slopes = torch.autograd.grad(loss, [outputs[name] for name in names], allow_unused=True)
             for name, slope in zip(names, slopes, strict=True):
                 if slope is not None:
+                    if slope.dim() != 3:
+                        raise ModelError(
+                            f"the layer {name} sees tokens without their rows (a mixture of experts?), and "
+                            "ewc-lora needs them apart; take it out of strategy.methods"
+                        )
                     _add(total[name], inputs[name].float(), slope.float())
             done += len(chosen)
             strategy.tell(Progress(stage="fisher", step=done, steps=len(rows)))

@@ -14,6 +14,10 @@ class Joint(Rehearsal):
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         super().before_training_exp(strategy, **kwargs)
+        if left := self.memory.seen - len(self.memory):
+            self.notes.append(
+                f"joint knows nothing of {left} rows that the memory had let go before it began"
+            )
         everything = [self.on_offer[row] for row in self.memory.hashes]
         strategy.dataloader.also(lambda epoch: everything)
 

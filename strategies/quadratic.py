@@ -90,11 +90,10 @@ def load(path: Path) -> Quadratic:
     """Raises `IntegrityError` when the file is damaged."""
     try:
         tensors = load_file(path)
-        return Quadratic(
-            curvature=_under("curvature/", tensors),
-            centre=_under("centre/", tensors),
-            constant=float(tensors["constant"]),
-        )
+        curvature, centre = _under("curvature/", tensors), _under("centre/", tensors)
+        if curvature.keys() != centre.keys():
+            raise KeyError("centres and curvatures are of different parameters")
+        return Quadratic(curvature=curvature, centre=centre, constant=float(tensors["constant"]))
     except (OSError, SafetensorError, KeyError) as error:
         raise IntegrityError(f"{path} cannot be read ({error}); run `daemon doctor`") from None
 
