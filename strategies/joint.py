@@ -15,9 +15,7 @@ class Joint(Rehearsal):
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         super().before_training_exp(strategy, **kwargs)
         if left := self.memory.seen - len(self.memory):
-            self.notes.append(
-                f"joint knows nothing of {left} rows that the memory had let go before it began"
-            )
+            self.notes.append(f"joint knows nothing of {left} rows that are not in the memory any more")
         everything = [self.on_offer[row] for row in self.memory.hashes]
         strategy.dataloader.also(lambda epoch: everything)
 

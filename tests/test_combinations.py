@@ -24,6 +24,8 @@ ALL = [chosen for count in range(len(METHODS) + 1) for chosen in combinations(ME
         (("der",), "der works on remembered rows; add replay"),
         (("der", "agem"), "der works on remembered rows; add replay"),
         (("agem", "replay"), "replay and agem do not go together: both own the memory of rows"),
+        (("agem", "si"), "agem and si do not go together: si must see the gradient of the loss"),
+        (("olora", "agem"), "agem and olora do not go together: what agem turned, olora turns again"),
         (("si", "ewc"), "ewc and si do not go together: both hold the same parameters"),
         (("ewc", "ewc-lora"), "ewc and ewc-lora do not go together: both hold the same parameters"),
         (("si", "ewc-lora"), "ewc-lora and si do not go together: both hold the same parameters"),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -189,6 +190,15 @@ def test_a_damaged_state_is_an_integrity_error(tmp_path: Path) -> None:
     data = (tmp_path / "ewc.safetensors").read_bytes()
     (tmp_path / "ewc.safetensors").write_bytes(data[:-9])
     with pytest.raises(IntegrityError, match="daemon doctor"):
+        quadratic.load(tmp_path / "ewc.safetensors")
+
+
+def test_a_state_that_lacks_a_centre_is_an_integrity_error(tmp_path: Path) -> None:
+    whole = merged(quadratics(2))
+    name = next(iter(whole.centre))
+    centre = {other: m for other, m in whole.centre.items() if other != name}
+    quadratic.save(replace(whole, centre=centre), tmp_path / "ewc.safetensors")
+    with pytest.raises(IntegrityError, match="different parameters"):
         quadratic.load(tmp_path / "ewc.safetensors")
 
 

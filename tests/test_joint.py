@@ -71,3 +71,12 @@ def test_rows_that_were_erased_are_not_learned_again(base: Path, home: Path, tmp
     assert report.replay_rows == 7
     assert "3 remembered rows are no longer in the store and were forgotten" in report.notes
     assert set(remembered(tmp_path / "two")) == {row.hash for row in [*OLD[:7], *NEW]}
+
+
+def test_rows_that_replay_had_let_go_are_missed_aloud(base: Path, tmp_path: Path) -> None:
+    replay = StrategySpec(methods=("replay",), replay_size=4)
+    run(job(base, snapshot(tmp_path / "1", OLD), tmp_path / "one", strategy=replay))
+    kept = [row for row in OLD if row.hash in remembered(tmp_path / "one")]
+    data = snapshot(tmp_path / "2", NEW, memory=kept)
+    report = run(job(base, data, tmp_path / "two", tmp_path / "one", strategy=JOINT))
+    assert "joint knows nothing of 6 rows that are not in the memory any more" in report.notes

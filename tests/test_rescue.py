@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from daemon import console, operations, report
+from daemon import console, gate, operations, report, rescue
 from daemon.executor import OnProgress, Stop
 from storage import snapshots
 from storage.artifacts import atomic_dir, made_for, verify
@@ -409,6 +409,22 @@ def test_adapters_that_cannot_be_blended_are_recorded_and_protection_is_tried(re
     assert cycle.state is State.PROMOTED
     assert kinds(rescued, cycle) == [("train", False), ("blend", None), ("protect", True)]
     assert "other shapes" in (rescued.store.candidates(cycle.id)[1].note or "")
+
+
+@pytest.mark.parametrize(("stage", "nth"), [("train", 2), ("evaluate", 4)])
+@pytest.mark.parametrize(
+    ("methods", "next_kind"), [("joint", None), ("olora", "protect"), ("merge", "blend")]
+)
+def test_an_adapter_that_did_not_grow_out_of_the_champion_is_not_blended(
+    rescued: Bot, methods: str, next_kind: str | None
+) -> None:
+    cycle = rescued.run()
+    tried = rescued.store.candidates(cycle.id)[:1]
+    assert tried[0].verdict is not None
+    refused = gate.Verdict.from_json(tried[0].verdict)
+    limits = rescue.Limits(attempts=3, minutes=60)
+    following = rescue.following(tried, refused, limits, StrategySpec(methods=(methods,)), 1, rescued.clock())
+    assert (following.kind if following else None) == next_kind
 
 
 @pytest.mark.parametrize(("stage", "nth"), [("train", 2), ("evaluate", 4)])
