@@ -411,13 +411,13 @@ def test_adapters_that_cannot_be_blended_are_recorded_and_protection_is_tried(re
     assert "other shapes" in (rescued.store.candidates(cycle.id)[1].note or "")
 
 
-@pytest.mark.parametrize(("stage", "nth"), [("train", 2), ("evaluate", 4)])
 @pytest.mark.parametrize(
     ("methods", "next_kind"), [("joint", None), ("olora", "protect"), ("merge", "blend")]
 )
 def test_an_adapter_that_did_not_grow_out_of_the_champion_is_not_blended(
     rescued: Bot, methods: str, next_kind: str | None
 ) -> None:
+    script(rescued).suites[2] = GOOD
     cycle = rescued.run()
     tried = rescued.store.candidates(cycle.id)[:1]
     assert tried[0].verdict is not None
