@@ -5,6 +5,7 @@ What the models answer is scripted, except in the first test, so that each way i
 
 import json
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +18,7 @@ from storage import snapshots
 from storage.artifacts import atomic_dir, made_for, verify
 from storage.errors import Interrupted, ModelError, StageError, WorkerError
 from storage.parquet import read_rows
-from storage.records import Cycle, State
+from storage.records import Candidate, Cycle, State
 from strategies.contract import EvaluateJob, StrategySpec, TrainReport
 from strategies.evaluation import SCHEMA
 from tests.bots import FLAVOURS, Bot, InlineExecutor, lesson, make_bot, make_bot_again
@@ -415,15 +416,20 @@ def test_adapters_that_cannot_be_blended_are_recorded_and_protection_is_tried(re
     ("methods", "next_kind"), [("joint", None), ("olora", "protect"), ("merge", "blend")]
 )
 def test_an_adapter_that_did_not_grow_out_of_the_champion_is_not_blended(
-    rescued: Bot, methods: str, next_kind: str | None
+    methods: str, next_kind: str | None
 ) -> None:
-    script(rescued).suites[2] = GOOD
-    cycle = rescued.run()
-    tried = rescued.store.candidates(cycle.id)[:1]
-    assert tried[0].verdict is not None
-    refused = gate.Verdict.from_json(tried[0].verdict)
+    now = datetime(2026, 1, 1)
+    plain = Candidate(
+        cycle_id=2, number=1, kind="train", source=None, result="r", strategy=None, created_at=now
+    )
+    no, yes = (0.0,) * 20, (1.0,) * 20
+    suites = [
+        gate.SuiteScores(task="old", suite="old@v1", new=False, base=no, champion=yes, candidate=no),
+        gate.SuiteScores(task="new", suite="new@v1", new=True, base=no, champion=no, candidate=yes),
+    ]
+    refused = gate.judge(suites, gate.Thresholds(max_drop=0.1, min_gain=0.2, bootstrap=100))
     limits = rescue.Limits(attempts=3, minutes=60)
-    following = rescue.following(tried, refused, limits, StrategySpec(methods=(methods,)), 1, rescued.clock())
+    following = rescue.following([plain], refused, limits, StrategySpec(methods=(methods,)), 1, now)
     assert (following.kind if following else None) == next_kind
 
 
