@@ -179,7 +179,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
 
 
 def test_the_digest_of_a_plan_survives_json() -> None:
-    planned = one("replay+ewc")
+    planned = one("replay5+ewc")
     assert Plan.from_json(planned.to_json()).digest == planned.digest
     assert Plan.from_json(planned.to_json()).specs() == planned.specs()
 
@@ -293,7 +293,7 @@ def test_a_page_is_made_from_records_alone(tmp_path: Path) -> None:
         told("naive", 0.4, 100, seed=1),
         told("joint", 1.0, 90),
         told("replay", 0.98, 140, memory=10),
-        told("replay+ewc", 0.9, 200, memory=100),
+        told("replay5+ewc", 0.9, 200, memory=100),
         replace(
             told("ewc", 0.0, 0), lessons=(), metrics={}, matrix=(), failed="ValueError: no | such\nthing"
         ),

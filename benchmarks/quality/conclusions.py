@@ -7,11 +7,13 @@ NEAR_JOINT = 0.02  # of average accuracy below joint training
 FORGETS = 0.02
 TIME = 1.5  # x naive
 MEMORY = 0.05  # of the rows seen
+HARDLY = 0.05  # of average accuracy above naive training
 
 
 def lines(board: Board) -> list[str]:
     """The conclusions, as a list."""
-    said = [_bounds(board), _best(board), _target(board), _target_memory(board), _changed(board)]
+    said = [_bounds(board), _best(board), _useless(board), _spaces(board)]
+    said += [_target(board), _target_memory(board), _changed(board)]
     return [f"- {sentence}" for sentence in said if sentence]
 
 
@@ -50,6 +52,31 @@ def _best(board: Board) -> str:
         told += f", {abs(gap):.1f} points {'below' if gap >= 0 else 'above'} joint training"
     told += f", in {best.time.mean:.2f} x naive's time" if best.time else ""
     return f"{told}, with {best.memory_share:.1%} of the rows remembered.{_noise(board)}"
+
+
+def _useless(board: Board) -> str:
+    """What does hardly better than nothing."""
+    naive = board.entry(NAIVE)
+    if naive is None:
+        return ""
+    near = [entry for entry in board.rivals if entry.accuracy - naive.accuracy <= HARDLY]
+    told = ", ".join(f"`{entry.name}` {_points(entry.accuracy)}" for entry in near)
+    return f"Within {HARDLY * 100:.0f} points of naive, or below: {told}." if near else ""
+
+
+def _spaces(board: Board) -> str:
+    """EWC on the factors against EWC on their product."""
+    factors, product = board.entry("ewc"), board.entry("ewc-lora")
+    if factors is None or product is None:
+        return ""
+    better, worse = sorted((factors, product), key=lambda entry: -entry.accuracy)
+    told = [
+        f"`{entry.name}` {_points(entry.accuracy)}, forgetting {_points(forgets.mean)}, "
+        f"state {entry.state_bytes / 1e6:.1f} MB"
+        for entry in (better, worse)
+        if (forgets := entry.metric("forgetting"))
+    ]
+    return f"EWC on the factors A and B (`ewc`) and on their product (`ewc-lora`): {'; '.join(told)}."
 
 
 def _noise(board: Board) -> str:

