@@ -58,6 +58,11 @@ _ALL = (
         name="replay5+lwf", about="and the champion's opinion of new rows", strategy=_small("replay", "lwf")
     ),
     Contender(
+        name="replay5+der+lwf",
+        about="both opinions, the champion's at 0.25, and 0.35 remembered rows for a new one",
+        strategy=_small("replay", "der", "lwf", lwf_weight=0.25, replay_ratio=0.35),
+    ),
+    Contender(
         name="replay5+merge",
         about="and ends at 0.7 of the way from the champion",
         strategy=_small("replay", "merge"),
