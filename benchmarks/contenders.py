@@ -48,39 +48,39 @@ _ALL = (
     ),
     Contender(
         name="replay5",
-        about="the same with a memory of at most 5 % of the rows seen, as all that follow have it",
+        about="replay with a memory of at most 5 % of the rows seen, as all names with a 5 have it",
         strategy=_small("replay"),
     ),
     Contender(
         name="replay5+der", about="and what the model thought of them", strategy=_small("replay", "der")
     ),
     Contender(
-        name="replay5+lwf", about="and the champion's opinion of new rows", strategy=_small("replay", "lwf")
+        name="replay5+lwf", about="also the champion's opinion of all rows", strategy=_small("replay", "lwf")
     ),
     Contender(
         name="replay5+der+lwf",
-        about="both opinions, the champion's at 0.25, and 0.35 remembered rows for a new one",
+        about="both opinions, the champion's with a weight of 0.25, and 0.35 remembered rows for a new one",
         strategy=_small("replay", "der", "lwf", lwf_weight=0.25, replay_ratio=0.35),
     ),
     Contender(
         name="replay5+merge",
-        about="and ends at 0.7 of the way from the champion",
+        about="replay that ends 0.7 of the way from the champion",
         strategy=_small("replay", "merge"),
     ),
-    Contender(name="replay5+ewc", about="and EWC on the factors", strategy=_small("replay", "ewc")),
+    Contender(name="replay5+ewc", about="replay and EWC on the factors", strategy=_small("replay", "ewc")),
     Contender(
         name="replay5-reservoir",
-        about="a uniform sample in place of equal room for each task and answer",
+        about="replay from a uniform sample of rows",
         strategy=_small("replay", replay_policy="reservoir"),
     ),
     Contender(
         name="replay5-hardest",
-        about="half of the draw are the rows that were forgotten most",
+        about="replay, half of it of the rows that were forgotten most",
         strategy=_small("replay", replay_policy="hardest"),
     ),
     Contender(
         name="replay5-spaced",
-        about="a task rests the longer, the better it is retained",
+        about="replay in which a task rests the longer, the better it is retained",
         strategy=_small("replay", replay_policy="spaced"),
     ),
     Contender(name="agem5", about="A-GEM", strategy=_small("agem")),
