@@ -52,7 +52,9 @@ _ALL = (
         strategy=_small("replay"),
     ),
     Contender(
-        name="replay5+der", about="and what the model thought of them", strategy=_small("replay", "der")
+        name="replay5+der",
+        about="also what the model thought of remembered rows",
+        strategy=_small("replay", "der"),
     ),
     Contender(
         name="replay5+lwf", about="also the champion's opinion of all rows", strategy=_small("replay", "lwf")
