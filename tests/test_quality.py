@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.clinc_rows import Sizes
 from benchmarks.contenders import CONTENDERS
-from benchmarks.quality import clbench, clinc, pages, plan, records, synthetic, work
+from benchmarks.quality import clbench, clinc, conclusions, pages, plan, records, synthetic, work
 from benchmarks.quality.learning import Work
 from benchmarks.quality.plan import Choice, Places, Plan
 from benchmarks.quality.records import RunRecord
@@ -316,6 +316,15 @@ def test_a_page_is_made_from_records_alone(tmp_path: Path) -> None:
     pages.update(page, "small", tmp_path / "records")
     assert page.read_text() == text
     assert pictures == {path.name: path.read_bytes() for path in (page.parent / "pictures").iterdir()}
+
+
+def test_what_hardly_helps_is_named_and_both_spaces_of_ewc_are_compared() -> None:
+    (board,) = boards(
+        [told("naive", 0.2, 100), told("ewc", 0.28, 100), told("ewc-lora", 0.6, 100), told("si", 0.0, 100)]
+    )
+    said = "\n".join(conclusions.lines(board))
+    assert "Within 5 points of naive, or below: `ewc` 64.0, `si` 50.0." in said
+    assert "`ewc-lora` 80.0, forgetting 40.0, state 0.0 MB; `ewc` 64.0, forgetting 72.0" in said
 
 
 def test_records_of_different_settings_are_not_put_into_one_table() -> None:
