@@ -21,7 +21,7 @@ from typing import Any, Self
 
 import duckdb
 
-from daemon import report
+from daemon import report, rescue
 from daemon.base import prepared_base
 from daemon.config import load, render
 from daemon.control import Client
@@ -281,7 +281,7 @@ def outcome(bot: Bot) -> Outcome:
             matrix=matrix,
             metrics=matrix.metrics(),
             cycles=tuple(report.cycle_report(store, cycle.id) for cycle in ran),
-            training_seconds=sum(_training_seconds(settings, cycle) for cycle in ran),
+            training_seconds=sum(_training_seconds(store, settings, cycle) for cycle in ran),
             state_bytes=_folder_bytes(result_files(settings.state_dir / made.result)["state"]) if made else 0,
         )
 
@@ -302,9 +302,11 @@ def answers(bot: Bot) -> dict[str, Answer]:
     return found
 
 
-def _training_seconds(settings: Settings, cycle: Cycle) -> float:
-    path = result_files(settings.state_dir / "cycles" / str(cycle.id) / "train")["report"]
-    return TrainReport.from_json(path.read_text()).cpu_seconds if path.exists() else 0.0
+def _training_seconds(store: Store, settings: Settings, cycle: Cycle) -> float:
+    """Of all attempts that were trained; a blend has its source's report. Trials of `auto` are gone."""
+    made = [each for each in store.candidates(cycle.id) if each.kind != rescue.Kind.BLEND]
+    paths = [result_files(settings.state_dir / candidate.result)["report"] for candidate in made]
+    return sum(TrainReport.from_json(path.read_text()).cpu_seconds for path in paths if path.exists())
 
 
 def _folder_bytes(folder: Path) -> int:
