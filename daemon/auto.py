@@ -1,27 +1,32 @@
 """Which methods a cycle trains with, when `strategy = "auto"` leaves it to the daemon.
 
-Those of `combinations.SHORTLIST` are tried in turn, each by a whole training from the champion, until the
-budget is spent; then every trained adapter answers the snapshot's validation rows of all tasks, old and
-new, and the best mean wins. The winner's training is the cycle's candidate: nothing of it is done twice.
+The shortlist in the snapshot (`combinations.SHORTLIST` of its day) is tried in turn, each by a whole training
+from the champion, until the budget is spent; then every trained adapter answers the snapshot's validation
+rows of all tasks, old and new, and the best mean wins. The winner's training is the cycle's candidate:
+nothing of it is done twice.
+
+How far down the shortlist a cycle comes depends on how fast the machine was that night. So this, alone in a
+cycle, is not a function of the snapshot; what was chosen is on record, and a restart abides by it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from daemon import examination
 from daemon.executor import Executor, OnProgress, Stop
 from daemon.settings import Settings
-from storage.errors import TrainingError
+from storage.errors import HoldfastError, ModelError, StageError, TrainingError, WorkerError
 from storage.records import Candidate
 from storage.snapshots import Snapshot
 from storage.store import Store
-from strategies import combinations
-from strategies.contract import StrategySpec, TrainJob, TrainReport, result_files
+from strategies.contract import StrategySpec, TrainReport, result_files
 
 _ROUNDING = 1e-9
 
-JobOf = Callable[[StrategySpec, Path], TrainJob]
+Train = Callable[[StrategySpec, Path], TrainReport]
+# What ends a trial, but not its cycle once another one was trained.
+ENDS_TRIAL = (StageError, TrainingError, ModelError, WorkerError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +36,18 @@ class Trial:
     strategy: StrategySpec
     result: Path  # relative to the state directory
     seconds: float  # of training
-    scores: Mapping[str, float]  # on the validation rows of each task
+    scores: Mapping[str, float] = field(default_factory=dict)  # on the validation rows of each task
 
     @property
-    def mean(self) -> float:
-        return sum(self.scores.values()) / len(self.scores) if self.scores else 0.0
+    def mean(self) -> float | None:
+        """Over tasks; None when it was not examined."""
+        return sum(self.scores.values()) / len(self.scores) if self.scores else None
 
 
 def is_due(snapshot: Snapshot, candidate: Candidate) -> bool:
     """Whether the candidate's strategy is still to be chosen. The base has nothing to forget."""
     meta = snapshot.info["meta"]
-    wanted = meta.get("auto_minutes") is not None and meta["parent"] is not None
+    wanted = meta.get("auto") is not None and meta["parent"] is not None
     return wanted and candidate.number == 1 and candidate.strategy is None
 
 
@@ -51,37 +57,29 @@ def choose(
     executor: Executor,
     snapshot: Snapshot,
     candidate: Candidate,
-    job_of: JobOf,
+    train: Train,
     on_progress: OnProgress,
     stop: Stop,
 ) -> Candidate:
     """The candidate with the chosen strategy, its training and the reason. Calling it again continues.
 
-    A strategy that cannot learn the rows is passed over; raises its `TrainingError` when all are like that.
+    A trial that fails is passed over when there is another; raises the last one's error when there is none.
     """
     folder = Path(candidate.result).parent
-    reports, passed_over = _train(settings, executor, snapshot, folder, job_of, on_progress, stop)
-    adapters = {
-        spec.name: result_files(settings.state_dir / _place(folder, spec))["adapter"] for spec in reports
-    }
-    scores: dict[str, dict[str, float]] = {}
-    if len(adapters) > 1:
-        session = examination.probe(
-            store, settings, snapshot, adapters, settings.state_dir / folder / "probe"
-        )
+    trials, passed_over = _train(snapshot, settings.state_dir, folder, train)
+    if len(trials) > 1:
+        adapters = {
+            trial.strategy.name: result_files(settings.state_dir / trial.result)["adapter"]
+            for trial in trials
+        }
+        out = settings.state_dir / folder / "probe"
+        session = examination.probe(store, settings, snapshot, adapters, out)
         if session.job.plan:
             executor.evaluate(session.job, on_progress, stop)
         examination.keep(store, session)
-        scores = {name: examination.means(store, session, name) for name in adapters}
-    trials = [
-        Trial(
-            strategy=spec,
-            result=_place(folder, spec),
-            seconds=report.seconds,
-            scores=scores.get(spec.name, {}),
-        )
-        for spec, report in reports.items()
-    ]
+        trials = [
+            replace(trial, scores=examination.means(store, session, trial.strategy.name)) for trial in trials
+        ]
     winner = best(trials)
     return replace(
         candidate,
@@ -91,57 +89,55 @@ def choose(
     )
 
 
-def _train(
-    settings: Settings,
-    executor: Executor,
-    snapshot: Snapshot,
-    folder: Path,
-    job_of: JobOf,
-    on_progress: OnProgress,
-    stop: Stop,
-) -> tuple[dict[StrategySpec, TrainReport], dict[str, str]]:
-    """Reports of what was trained, and why the rest was not, by name."""
-    meta = snapshot.info["meta"]
-    spec = StrategySpec.from_dict(meta["strategy"])
+def _train(snapshot: Snapshot, home: Path, folder: Path, train: Train) -> tuple[list[Trial], dict[str, str]]:
+    """What was trained, and why the rest was not, by name."""
+    spec, auto = examination.specs(snapshot).strategy, snapshot.info["meta"]["auto"]
     probed = bool(snapshot.rows("probe"))
-    reports: dict[StrategySpec, TrainReport] = {}
+    trials: list[Trial] = []
     passed_over: dict[str, str] = {}
-    failure: TrainingError | None = None
-    for strategy in (replace(spec, methods=methods) for methods in combinations.SHORTLIST):
-        if reports and not probed:
+    failure: HoldfastError | None = None
+    for strategy in (replace(spec, methods=tuple(methods)) for methods in auto["shortlist"]):
+        result = folder / f"trial-{strategy.name}" / "train"
+        if trials and not probed:
             passed_over[strategy.name] = "there are no validation rows to choose by"
-        elif not affordable([report.seconds for report in reports.values()], meta["auto_minutes"]):
-            passed_over[strategy.name] = f"not tried, strategy.auto_minutes is {meta['auto_minutes']}"
+        elif not affordable([trial.seconds for trial in trials], auto["minutes"]):
+            passed_over[strategy.name] = f"not tried, strategy.auto_minutes is {auto['minutes']}"
         else:
-            out = settings.state_dir / _place(folder, strategy)
             try:
-                reports[strategy] = executor.train(job_of(strategy, out), on_progress, stop)
-            except TrainingError as error:
+                report = train(strategy, home / result)
+            except ENDS_TRIAL as error:
+                if isinstance(error, WorkerError) and not trials:
+                    raise  # the cycle knows how to replace a worker
                 passed_over[strategy.name], failure = str(error), error
-    if failure is not None and not reports:
+            else:
+                trials.append(Trial(strategy=strategy, result=result, seconds=report.seconds))
+    if failure is not None and not trials:
         raise failure
-    return reports, passed_over
-
-
-def _place(folder: Path, strategy: StrategySpec) -> Path:
-    return folder / f"trial-{strategy.name}" / "train"
+    return trials, passed_over
 
 
 def affordable(spent: Sequence[float], minutes: float) -> bool:
-    """Whether one more training, as long as the longest so far, fits into the budget. The first one does."""
+    """Whether one more training, as long as the longest so far, fits into the budget. The first one does.
+
+    Seconds of training that came to an end: what failed, loading and probing are not counted.
+    """
     return not spent or sum(spent) + max(spent) <= minutes * 60
 
 
 def best(trials: Sequence[Trial]) -> Trial:
     """The best mean over tasks; of equals the first, which the shortlist prefers."""
-    top = max(trial.mean for trial in trials)
-    return next(trial for trial in trials if trial.mean >= top - _ROUNDING)
+    top = max(trial.mean or 0.0 for trial in trials)
+    return next(trial for trial in trials if (trial.mean or 0.0) >= top - _ROUNDING)
 
 
 def reason(winner: Trial, trials: Sequence[Trial], passed_over: Mapping[str, str]) -> str:
     """Why this one, in a sentence."""
-    told = [f"{trial.strategy.name} {trial.mean * 100:.1f} ({trial.seconds:.0f} s)" for trial in trials]
     tasks = len(winner.scores)
-    seen = f"mean score on the validation rows of {tasks} task{'s' * (tasks != 1)}: {', '.join(told)}"
-    rest = "".join(f"; {name}: {why}" for name, why in passed_over.items())
-    return f"auto chose {winner.strategy.name}; {seen if tasks else ', '.join(told)}{rest}"
+    told = [f"auto chose {winner.strategy.name}"]
+    if tasks:
+        scores = [f"{t.strategy.name} {(t.mean or 0.0) * 100:.1f} ({t.seconds:.0f} s)" for t in trials]
+        plural = "s" * (tasks != 1)
+        told.append(f"mean score on the validation rows of {tasks} task{plural}: {', '.join(scores)}")
+    else:
+        told.append(f"it alone was trained ({winner.seconds:.0f} s)")
+    return "; ".join([*told, *(f"{name}: {why}" for name, why in passed_over.items())])

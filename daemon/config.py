@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import SettingsError
 
-from daemon.settings import ENV_PREFIX, Settings, TaskOverride, suggest
+from daemon.settings import ENV_PREFIX, Settings, TaskOverride, long_form, suggest
 from storage.errors import ConfigError
 from storage.reach import absolute, redact
 
@@ -35,7 +35,7 @@ def load(path: Path) -> Settings:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     _check_environment()
     try:
-        settings = Settings(**values)
+        settings = Settings(**long_form(values))
     except SettingsError as error:
         raise ConfigError(
             f"the environment ({ENV_PREFIX}…): {error}; a list is written as JSON, a key as SECTION__KEY"

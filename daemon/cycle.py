@@ -161,14 +161,18 @@ class CycleRunner:
             return self._blend(cycle, stop)
         snapshot = snapshots.load(self._snapshot_of(cycle))
         job_of, progress = self._jobs(cycle, snapshot), self._progress(cycle)
+
+        def train(strategy: StrategySpec, result: Path) -> TrainReport:
+            return self.executor.train(job_of(strategy, result), progress, stop)
+
         if auto.is_due(snapshot, candidate):
             candidate = auto.choose(
-                self.store, self.settings, self.executor, snapshot, candidate, job_of, progress, stop
+                self.store, self.settings, self.executor, snapshot, candidate, train, progress, stop
             )
             log.info("%s", candidate.change, extra=_action("strategy-chosen", cycle))
         strategy = rescue.strategy_of(candidate, examination.specs(snapshot).strategy)
         result = self._result(candidate)
-        report = self.executor.train(job_of(strategy, result), progress, stop)
+        report = train(strategy, result)
         took = f"{report.steps} steps, {report.seconds:.0f} s"
         told = f"{report.rows} rows in {took}, loss {report.final_loss:.4f}"
         log.info("trained: %s", told, extra=_action("trained", cycle))

@@ -168,7 +168,7 @@ def take_snapshot(
             "lora": lora_spec(settings).__dict__,
             "train": train_spec(settings).__dict__,
             "strategy": {**strategy.__dict__, "methods": list(strategy.methods)},
-            **({"auto_minutes": settings.strategy.auto_minutes} if settings.strategy.auto else {}),
+            "auto": _auto(settings),
             "max_new_tokens": settings.evaluation.max_new_tokens,
             "gate": settings.gate.model_dump(),
             "rescue": settings.rescue.model_dump(),
@@ -177,6 +177,16 @@ def take_snapshot(
     roles = [(row.hash, "train") for row in experience.train]
     roles += [(row.hash, "validation") for row in experience.validation]
     return snapshot, roles
+
+
+def _auto(settings: Settings) -> dict[str, object] | None:
+    """What the choice of a strategy is made from (`daemon.auto`); None where the configuration made it."""
+    if not settings.strategy.auto:
+        return None
+    return {
+        "minutes": settings.strategy.auto_minutes,
+        "shortlist": [list(methods) for methods in combinations.SHORTLIST],
+    }
 
 
 def _memory(store: Store, settings: Settings, parent: int | None) -> list[StoredRow]:

@@ -49,10 +49,15 @@ def parameters(settings: Settings, used: Mapping[str, Mapping[str, Any]] | None 
     """
     shown = settings.model_dump(mode="json", exclude={"mlflow", "source", "tasks", "schedule"})
     return {
-        f"{section}.{key}": str((used or {}).get(section, {}).get(key, value))
+        f"{section}.{key}": _parameter((used or {}).get(section, {}).get(key, value))
         for section, values in shown.items()
         for key, value in values.items()
     }
+
+
+def _parameter(value: Any) -> str:
+    """Methods as people write them, `replay+lwf`; no methods as an empty text."""
+    return "+".join(value) if isinstance(value, list | tuple) else str(value)
 
 
 def _record(
@@ -68,7 +73,10 @@ def _record(
         "model": meta["model"],
         "lora": meta["lora"],
         "training": meta["train"],
-        "strategy": rescue.strategy_of(candidate, StrategySpec.from_dict(meta["strategy"])).__dict__,
+        "strategy": {
+            **rescue.strategy_of(candidate, StrategySpec.from_dict(meta["strategy"])).__dict__,
+            **({"auto_minutes": meta["auto"]["minutes"]} if meta.get("auto") else {}),
+        },
         "rescue": meta.get("rescue", {}),
         "evaluation": {"max_new_tokens": meta["max_new_tokens"]},
         "gate": verdict["thresholds"],

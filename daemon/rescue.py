@@ -87,8 +87,8 @@ def following(
     if last is trained:
         if verdict is None or not gate.worth_rescuing(verdict):
             return None
-        if not combinations.FRESH.intersection(before.methods):
-            return _next(last, Kind.BLEND, last.number, now)
+        if not combinations.UNBLENDABLE.intersection(before.methods):
+            return replace(_next(last, Kind.BLEND, last.number, now), strategy=last.strategy)
     stronger = strengthened(before)
     if stronger is None:
         return None
@@ -237,7 +237,8 @@ def _curve(
 def _settle(result: Path, job: BlendJob, choice: tradeoff.Choice) -> None:
     """The chosen blend as a training result: its adapter, and the continual state of its candidate.
 
-    What the candidate's training remembers and rehearsed is as true of the blend.
+    What the candidate's training remembers and rehearsed is as true of the blend. Importances, opinions and
+    losses in the state are those of the trained adapter, from which the blend is a little away.
     """
     assert choice.share is not None
     made_of = hashlib.sha256(f"{job.digest} {choice.share}".encode()).hexdigest()

@@ -140,9 +140,16 @@ def _listed(value: object) -> object:
     if isinstance(value, str) and value.startswith("["):
         with suppress(ValueError):
             value = json.loads(value)
-    if isinstance(value, str):
-        return () if value == combinations.NAIVE else tuple(value.split("+"))
-    return tuple(value) if isinstance(value, list) else value
+    listed = value.split("+") if isinstance(value, str) else value
+    if listed == [combinations.NAIVE]:
+        return ()
+    return tuple(listed) if isinstance(listed, list) else listed
+
+
+def long_form(values: dict[str, Any]) -> dict[str, Any]:
+    """`strategy = [...]` as the table that it stands for, so that file and environment can be merged."""
+    short = values.get("strategy")
+    return {**values, "strategy": {"methods": short}} if isinstance(short, str | list) else values
 
 
 class StrategySettings(Section):
@@ -154,7 +161,7 @@ class StrategySettings(Section):
         'or "auto", which tries a few and keeps what is best on validation rows.',
     )
     auto_minutes: Positive = Field(
-        60, description="auto only: minutes that the trainings it compares may take together."
+        60, description="auto only: minutes that the trainings it compares may take together, one at least."
     )
     replay_size: Positive = Field(
         StrategySpec.replay_size, description="Rows of past tasks that are remembered, at most,"
@@ -171,7 +178,7 @@ class StrategySettings(Section):
     replay_policy: Literal["balanced", "reservoir", "hardest", "spaced"] = Field(
         "balanced",
         description="balanced: equal room for every task and answer. reservoir: a uniform sample of rows. "
-        "hardest: what was forgotten most, twice as often. spaced: what is retained rests longer.",
+        "hardest: half is what was forgotten most. spaced: what is retained rests longer.",
     )
     der_weight: float = Field(
         StrategySpec.der_weight, ge=0, description="Weight of what the model thought of remembered rows."
@@ -395,11 +402,6 @@ class Settings(BaseSettings):
     mlflow: Mlflow = Field(default_factory=Mlflow)
     tasks: dict[str, TaskOverride] = Field(default_factory=dict)
 
-    @field_validator("strategy", mode="before")
-    @classmethod
-    def _short(cls, value: object) -> object:
-        return {"methods": value} if isinstance(value, str | list) else value
-
     @classmethod
     def settings_customise_sources(
         cls,
@@ -432,7 +434,7 @@ class _Environment(EnvSettingsSource):
     """Variables are text: here, and only here, text becomes what its setting wants."""
 
     def __call__(self) -> dict[str, Any]:
-        return _typed(super().__call__(), Settings)
+        return _typed(long_form(super().__call__()), Settings)
 
 
 def _typed(values: dict[str, Any], section: type[BaseModel]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ AUTO = "auto"  # chosen on validation rows
 
 # What `auto` tries, the likeliest first. None needs a state that only some cycles would keep.
 SHORTLIST = (("replay",), ("replay", "lwf"), ("replay", "merge"))
-FRESH = frozenset({"joint", "olora"})  # their adapter is not the champion's, trained on
+UNBLENDABLE = frozenset({"joint", "olora"})  # their adapter is not the champion's, trained further
 REMEMBER = frozenset({"joint", "replay", "agem"})  # those with a memory of rows
 
 _NEEDS = {"der": "replay"}
@@ -43,6 +43,9 @@ def complaint(methods: Sequence[str]) -> str | None:
     """What is wrong with a combination, or None."""
     if tuple(methods) == (AUTO,):
         return None
+    for name in (NAIVE, AUTO):
+        if name in methods and len(methods) > 1:
+            return f"{name} stands alone; write strategy = {name!r}, or leave it out"
     for name in methods:
         if name not in METHODS:
             return f"unknown method {name!r}; choose {NAIVE}, {AUTO}, or some of {', '.join(METHODS)}"

@@ -307,7 +307,7 @@ class TrainReport(Record):
 class Progress(Record):
     """A line of live progress from the worker. Rates are per second, `left` is in seconds."""
 
-    stage: str  # prepare | load | train | validate | fisher | blend | evaluate
+    stage: str  # prepare | load | opinions | train | validate | losses | fisher | blend | evaluate
     step: int = 0
     steps: int = 0
     loss: float | None = None

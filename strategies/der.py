@@ -19,6 +19,7 @@ from torch import Tensor
 
 from storage.errors import IntegrityError
 from strategies import distill
+from strategies.contract import StrategySpec
 from strategies.distill import Opinion
 from strategies.method import Method
 from strategies.replay import Rehearsal
@@ -28,7 +29,10 @@ class Der(Method):
     """State: an opinion for each remembered row. Works with `replay`, whose memory it follows."""
 
     file = "der.safetensors"
-    opinions: dict[str, Opinion]
+
+    def __init__(self, spec: StrategySpec, seed: int) -> None:
+        super().__init__(spec, seed)
+        self.opinions: dict[str, Opinion] = {}
 
     def load(self, state: Path) -> None:
         super().load(state)
@@ -36,18 +40,14 @@ class Der(Method):
         self.opinions = load(path) if path.exists() else {}
 
     def save(self, state: Path) -> None:
-        if self._opinions:
-            save(self._opinions, state / self.file)
-
-    @property
-    def _opinions(self) -> dict[str, Opinion]:
-        return getattr(self, "opinions", {})
+        if self.opinions:
+            save(self.opinions, state / self.file)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         terms = [
-            distill.divergence(distill.own(strategy.mb_output[n], row), self._opinions[row.row_hash])
+            distill.divergence(distill.own(strategy.mb_output[n], row), self.opinions[row.row_hash])
             for n, row in enumerate(strategy.examples)
-            if row.replayed and row.row_hash in self._opinions
+            if row.replayed and row.row_hash in self.opinions
         ]
         if terms:
             strategy.penalise(self.spec.der_weight * sum(terms) / strategy.step.answer_tokens)
@@ -58,7 +58,7 @@ class Der(Method):
         kept = set(memory.hashes)
         fresh = [row for row in strategy.experience.new if row.row_hash in kept]
         told = distill.opinions(strategy, fresh, hide_answers=False)
-        self.opinions = {row: each for row, each in {**self._opinions, **told}.items() if row in kept}
+        self.opinions = {row: each for row, each in {**self.opinions, **told}.items() if row in kept}
 
 
 def save(opinions: dict[str, Opinion], path: Path) -> None:

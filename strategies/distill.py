@@ -54,7 +54,7 @@ def divergence(logits: Tensor, target: Opinion, hidden: Tensor | None = None) ->
 def opinions(strategy: Any, rows: Sequence[Example], *, hide_answers: bool) -> dict[str, Opinion]:
     """The present model's opinion of each row's answer, by row hash. `hide_answers`: of wrong tokens only."""
     found: dict[str, Opinion] = {}
-    for chosen in in_batches(strategy, rows):
+    for chosen in in_batches(strategy, rows, "opinions"):
         batch = collate(chosen, strategy.base.prompter.pad_id).to(strategy.device)
         with strategy.base.autocast():
             logits = answer_logits(strategy.model, batch).float()

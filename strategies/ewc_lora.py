@@ -20,7 +20,6 @@ from torch import Tensor
 
 from storage.errors import IntegrityError, ModelError, NonFiniteLoss
 from strategies.batches import Example, collate, nll
-from strategies.contract import Progress
 from strategies.ewc import choose
 from strategies.method import Method, in_batches
 from strategies.model import LoraLayer, lora_layers
@@ -105,9 +104,8 @@ def fisher_sums(strategy: Any, rows: Sequence[Example]) -> Sums:
         name: (torch.zeros_like(layer.b[:, 0]), torch.zeros_like(layer.a[0]))
         for name, layer in layers.items()
     }
-    done = 0
     try:
-        for chosen in in_batches(strategy, rows):
+        for chosen in in_batches(strategy, rows, "fisher"):
             batch = collate(chosen, strategy.base.prompter.pad_id).to(strategy.device)
             with strategy.base.autocast():
                 loss, _ = nll(strategy.model, batch)
@@ -121,8 +119,6 @@ def fisher_sums(strategy: Any, rows: Sequence[Example]) -> Sums:
                             "ewc-lora needs them apart; take it out of strategy.methods"
                         )
                     _add(total[name], inputs[name].float(), slope.float())
-            done += len(chosen)
-            strategy.tell(Progress(stage="fisher", step=done, steps=len(rows)))
     finally:
         for hook in hooks:
             hook.remove()

@@ -8,14 +8,17 @@ import json
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch.nn import Module
 
-from strategies import replay_memory, replay_policies
+from strategies import combinations, replay_memory, replay_policies
 from strategies.batches import Example
-from strategies.contract import TrainJob, TrainReport, result_files
+from strategies.contract import LoraSpec, TrainJob, TrainReport, result_files
 from strategies.model import Base, follows_targets, fresh_adapter, grown_adapter, with_adapter
 from strategies.replay import room, seen
+
+_ABOUT_ROWS = {replay_memory.FILE, "der.safetensors"}  # the rest is about parameters
 
 
 def adapter(base: Base, job: TrainJob) -> Module:
@@ -30,17 +33,27 @@ def adapter(base: Base, job: TrainJob) -> Module:
 def carry_state(job: TrainJob, into: Path, *, but: Collection[str], new: Sequence[Example]) -> None:
     """Copies the parent's continual state, but for the files that active methods write themselves.
 
-    A memory at rest takes in the new rows all the same, so that later they can be rehearsed.
+    A memory at rest takes in the new rows all the same, so that later they can be rehearsed. What is about an
+    adapter's parameters stays behind when the adapter does not go on as it was.
     """
     if job.parent is None:
         return
-    for path in sorted(result_files(job.parent)["state"].iterdir()):
+    for path in _kept(job):
         if path.name not in but:
             shutil.copy2(path, into / path.name)
     memory = replay_memory.load(into)
     if memory is not None:
         spec, rows = job.strategy, [seen(row) for row in new]
         replay_memory.save(replay_policies.after(memory, rows, room(spec), spec.replay_policy), into)
+
+
+def _kept(job: TrainJob) -> list[Path]:
+    """The parent's state files that the new adapter has a use for."""
+    assert job.parent is not None
+    files = sorted(result_files(job.parent)["state"].iterdir())
+    if combinations.UNBLENDABLE.intersection(job.strategy.methods):
+        return [path for path in files if path.name in _ABOUT_ROWS]
+    return files
 
 
 def notes(job: TrainJob, model: Module, files: dict[str, str]) -> list[str]:
@@ -57,6 +70,12 @@ def notes(job: TrainJob, model: Module, files: dict[str, str]) -> list[str]:
             said.append(f"{method} begins with this cycle and knows nothing of earlier ones")
         elif method not in before.split("+") and file != replay_memory.FILE:
             said.append(f"{method} was at rest and knows nothing of the cycles that were learned meanwhile")
+    kept = {path.name for path in _kept(job)} | set(files.values())
+    said += [
+        f"{path.name} was left behind: it is about the parameters of an adapter that does not go on"
+        for path in sorted(state.iterdir())
+        if path.name not in kept
+    ]
     return said if "joint" in job.strategy.methods else said + _lora_notes(job, model)
 
 
@@ -67,16 +86,23 @@ def _lora_notes(job: TrainJob, model: Module) -> list[str]:
     config = json.loads(
         (result_files(job.parent)["adapter"] / "adapter_config.json").read_text(encoding="utf-8")
     )
+    grows = "olora" in job.strategy.methods
     lora, layers = job.lora, sorted({name.rpartition(".")[2] for name in config["target_modules"]})
     settings = [  # name, what is asked for, what the adapter has, whether they differ
         ("rank", lora.rank, config["r"], lora.rank != config["r"]),
-        ("alpha", lora.alpha, config["lora_alpha"], lora.alpha != config["lora_alpha"]),
+        ("alpha", lora.alpha, config["lora_alpha"], _alpha_differs(lora, config, grows=grows)),
         ("dropout", lora.dropout, config["lora_dropout"], lora.dropout != config["lora_dropout"]),
         ("targets", lora.targets, ", ".join(layers), not follows_targets(model, lora.targets)),
     ]
-    grows = "olora" in job.strategy.methods
     return [
         f"lora.{name} = {asked} was not used: the champion's adapter continues with {kept}"
         for name, asked, kept, differs in settings
-        if differs and (name == "targets" or not grows)
+        if differs and (name in ("targets", "alpha") or not grows)
     ]
+
+
+def _alpha_differs(lora: LoraSpec, config: dict[str, Any], *, grows: bool) -> bool:
+    """Of an adapter that grows, alpha grows with the rank: what must not change is alpha / rank."""
+    if grows:
+        return lora.alpha * int(config["r"]) != lora.rank * int(config["lora_alpha"])
+    return lora.alpha != int(config["lora_alpha"])

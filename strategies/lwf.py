@@ -23,8 +23,8 @@ class Lwf(Method):
         """One forward pass over the rows that will be learned, before anything changes."""
         self.opinions = {}
         if self.continues:
-            steps = range(strategy.spec.epochs)
-            rows = {row.row_hash: row for epoch in steps for row in strategy.dataloader.rows(epoch)}
+            epochs = range(strategy.spec.epochs)
+            rows = {row.row_hash: row for epoch in epochs for row in strategy.dataloader.rows(epoch)}
             self.opinions = distill.opinions(strategy, list(rows.values()), hide_answers=True)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:

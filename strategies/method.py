@@ -12,7 +12,7 @@ from avalanche.core import SupervisedPlugin
 from torch import Tensor
 
 from strategies.batches import Example
-from strategies.contract import StrategySpec
+from strategies.contract import Progress, StrategySpec
 
 
 class Method(SupervisedPlugin):
@@ -42,12 +42,17 @@ class Method(SupervisedPlugin):
         """Takes up what `midway` gave."""
 
 
-def in_batches(strategy: Any, rows: Sequence[Example]) -> Iterator[list[Example]]:
-    """The rows by length, for a look at them between trainings: dropout is off until the last was seen."""
-    training = strategy.model.training
-    strategy.model.eval()
+def in_batches(strategy: Any, rows: Sequence[Example], stage: str) -> Iterator[list[Example]]:
+    """The rows by length, for a look at them between trainings; dropout is off meanwhile. `stage` is what
+    people are told is going on."""
+    training, size = strategy.model.training, strategy.spec.batch_size
     ordered = sorted(rows, key=lambda row: (row.length, row.row_hash))
-    for start in range(0, len(ordered), strategy.spec.batch_size):
-        strategy.check_stop()
-        yield ordered[start : start + strategy.spec.batch_size]
-    strategy.model.train(training)
+    strategy.model.eval()
+    try:
+        for start in range(0, len(ordered), size):
+            strategy.check_stop()
+            yield ordered[start : start + size]
+            seen = min(start + size, len(ordered))
+            strategy.tell(Progress(stage=stage, step=seen, steps=len(ordered)))
+    finally:
+        strategy.model.train(training)

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from storage.errors import IntegrityError
+
+FORMAT = "2"  # of the file
 
 Tensors = Mapping[str, Tensor]
 
@@ -83,13 +85,16 @@ def save(quadratic: Quadratic, path: Path) -> None:
     tensors = {f"curvature/{name}": h.detach().cpu().contiguous() for name, h in quadratic.curvature.items()}
     tensors |= {f"centre/{name}": m.detach().cpu().contiguous() for name, m in quadratic.centre.items()}
     tensors["constant"] = torch.tensor([quadratic.constant], dtype=torch.float64)
-    save_file(tensors, path)
+    save_file(tensors, path, metadata={"format": FORMAT})
 
 
 def load(path: Path) -> Quadratic:
     """Raises `IntegrityError` when the file is damaged."""
     try:
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") != FORMAT:
+                raise KeyError(f"not of format {FORMAT}, whose curvature is relative")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         curvature, centre = _under("curvature/", tensors), _under("centre/", tensors)
         if curvature.keys() != centre.keys():
             raise KeyError("centres and curvatures are of different parameters")

@@ -100,7 +100,7 @@ def superseded(memory: Sequence[Example], new: Sequence[Example]) -> set[str]:
 def row_losses(strategy: Any, rows: Sequence[Example]) -> dict[str, float]:
     """Mean negative log-likelihood per answer token (nats) of each row, by its hash."""
     found: dict[str, float] = {}
-    for chosen in in_batches(strategy, rows):
+    for chosen in in_batches(strategy, rows, "losses"):
         batch = collate(chosen, strategy.base.prompter.pad_id).to(strategy.device)
         with strategy.base.autocast():
             losses = token_losses(strategy.model, batch).sum(dim=1)

@@ -90,7 +90,8 @@ class Memory:
             task: {row: trace for row, trace in rows.items() if row in known}
             for task, rows in self.tasks.items()
         }
-        return replace(self, tasks={task: rows for task, rows in left.items() if rows})
+        gone = len(self) - sum(len(rows) for rows in left.values())
+        return replace(self, seen=self.seen - gone, tasks={task: rows for task, rows in left.items() if rows})
 
     def with_rows(self, rows: Iterable[Seen]) -> "Memory":
         """With all rows of an experience. A row that was remembered already keeps its trace."""
@@ -139,18 +140,14 @@ def load(state_dir: Path) -> Memory | None:
 
 
 def _read(values: dict[str, Any]) -> Memory:
-    """Format 1 had hashes alone: nothing is known of their answers and losses, and of rows that had left."""
-    tasks = values["tasks"]
-    if values["format"] == 1:
-        tasks = {task: {row: {} for row in rows} for task, rows in tasks.items()}
-        values = {**values, "seen": sum(len(rows) for rows in tasks.values()), "spacing": {}}
-    elif values["format"] != FORMAT:
-        raise ValueError(f"format {values['format']}, known are 1 and {FORMAT}")
+    if values["format"] != FORMAT:
+        raise ValueError(f"format {values['format']}, known is {FORMAT}")
     return Memory(
         seed=int(values["seed"]),
         seen=int(values["seen"]),
         tasks={
-            task: {str(row): Trace(**trace) for row, trace in rows.items()} for task, rows in tasks.items()
+            task: {str(row): Trace(**trace) for row, trace in rows.items()}
+            for task, rows in values["tasks"].items()
         },
         spacing={task: Spacing(**each) for task, each in values["spacing"].items()},
     )

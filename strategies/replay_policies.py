@@ -33,15 +33,16 @@ def after(memory: Memory, rows: list[Seen], room: Room, policy: str) -> Memory:
 
 def balanced(tasks: Tasks, size: int, seed: int) -> Tasks:
     """Equal room for every task, and in it for every answer; what one leaves free goes to the others."""
-    room = share_out(size, {task: len(rows) for task, rows in tasks.items()})
-    return {task: _equal_answers(rows, room[task]) for task, rows in tasks.items() if room[task]}
+    room = share_out(size, {task: len(rows) for task, rows in sorted(tasks.items())})
+    return {task: _equal_answers(rows, room[task], seed) for task, rows in tasks.items() if room[task]}
 
 
-def _equal_answers(rows: Mapping[str, Trace], size: int) -> Mapping[str, Trace]:
+def _equal_answers(rows: Mapping[str, Trace], size: int, seed: int) -> Mapping[str, Trace]:
     answers: dict[str, list[str]] = {}
     for row, trace in rows.items():
         answers.setdefault(trace.answer, []).append(row)
-    room = share_out(size, {answer: len(found) for answer, found in answers.items()})
+    first = sorted(answers, key=lambda answer: (priority(seed, answer), answer))
+    room = share_out(size, {answer: len(answers[answer]) for answer in first})
     kept = {row for answer, found in answers.items() for row in found[: room[answer]]}
     return {row: trace for row, trace in rows.items() if row in kept}
 
@@ -127,17 +128,17 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-def share_out(room: int, wants: Mapping[str, int], turn: int = 0) -> dict[str, int]:
+def share_out(room: int, wants: Mapping[str, int]) -> dict[str, int]:
     """Divides room equally; who wants less than an equal share leaves the rest to the others.
 
-    Room that cannot be divided equally goes to some, one each; `turn` moves on who they are.
+    Room that cannot be divided equally goes to the first that want it, one each.
     """
     level = _level(room, wants)
     given = {name: min(level, want) for name, want in wants.items()}
     rest = room - sum(given.values())
-    hungry = [name for name in sorted(wants) if wants[name] > level]
-    for n in range(min(rest, len(hungry))):
-        given[hungry[(turn * rest + n) % len(hungry)]] += 1
+    hungry = [name for name in wants if wants[name] > level]
+    for name in hungry[:rest]:
+        given[name] += 1
     return given
 
 

@@ -55,6 +55,28 @@ def test_methods_come_from_the_environment(
     assert config.load(write(tmp_path, 'strategy = ["replay", "ewc"]')).strategy.methods == methods
 
 
+@pytest.mark.parametrize(
+    ("text", "variable", "value", "methods", "size"),
+    [
+        ('strategy = ["ewc"]', "HOLDFAST_STRATEGY__REPLAY_SIZE", "5", ("ewc",), 5),
+        ('strategy = "auto"', "HOLDFAST_STRATEGY__REPLAY_SIZE", "5", ("auto",), 5),
+        ("[strategy]\nreplay_size = 7", "HOLDFAST_STRATEGY", '["lwf"]', ("lwf",), 7),
+    ],
+)
+def test_the_short_form_and_the_environment_are_merged(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    variable: str,
+    value: str,
+    methods: tuple[str, ...],
+    size: int,
+) -> None:
+    monkeypatch.setenv(variable, value)
+    strategy = config.load(write(tmp_path, text)).strategy
+    assert (strategy.methods, strategy.replay_size) == (methods, size)
+
+
 def test_every_key_is_described() -> None:
     for name, field in settings.Settings.model_fields.items():
         if name == "tasks":
@@ -85,6 +107,8 @@ def test_paths_are_relative_to_the_file_not_to_the_shell(tmp_path: Path) -> None
         ("[training]\nlearning_rate = -1", ["training.learning_rate = -1", "greater than 0"]),
         ('[schedule]\ntimezone = "Europe/Madri"', ["schedule.timezone", "did you mean 'Europe/Madrid'"]),
         ('[strategy]\nmethods = ["replay", "ewk"]', ["unknown method 'ewk'", "replay, der"]),
+        ('strategy = ["naive", "replay"]', ["naive stands alone"]),
+        ('strategy = ["replay", "auto"]', ["auto stands alone"]),
         ('strategy = ["der"]', ["strategy.methods = ['der']", "add replay"]),
         ('strategy = "ewc+si"', ["strategy.methods", "ewc and si", "choose one"]),
         ('[strategy]\nmethods = ["ewc", "ewc"]', ["strategy.methods", "twice"]),

@@ -1,6 +1,5 @@
 """Learning one experience: the loss, the steps, the end, and what is left behind."""
 
-import itertools
 import json
 import math
 from dataclasses import replace
@@ -11,13 +10,11 @@ import torch
 
 from storage.artifacts import verify
 from storage.errors import IntegrityError, NonFiniteLoss, TrainingError
-from strategies import catalogue, combinations
 from strategies.batches import Example, collate, encode, nll
 from strategies.contract import LoraSpec, Progress, StrategySpec, TrainReport, result_files
 from strategies.experience import Loader, Step
 from strategies.loop import learning_rate, train
 from strategies.model import load_base, trainable, with_adapter
-from strategies.replay import Rehearsal
 from tests import trainings
 from tests.toys import tiny_base, tiny_model_spec
 from tests.trainings import SPEC, adapter, adapter_bytes, job, lesson, run, snapshot, state
@@ -281,19 +278,24 @@ def test_reports_cross_the_process_boundary_unchanged(base: Path, tmp_path: Path
     assert Progress.from_json(progress.to_json()) == progress
 
 
-def test_the_catalogue_holds_the_methods_that_the_configuration_knows() -> None:
-    assert set(catalogue.METHODS) == set(combinations.METHODS)
-    assert {name for name in catalogue.METHODS if issubclass(catalogue.METHODS[name], Rehearsal)} == (
-        combinations.REMEMBER
-    )
-
-
-def test_methods_that_go_together_write_different_files() -> None:
-    for one, other in itertools.combinations(catalogue.METHODS, 2):
-        needed = ("replay",) if "der" in (one, other) else ()
-        if combinations.complaint(tuple(dict.fromkeys((*needed, one, other)))) is None:
-            files = {catalogue.METHODS[name].file for name in (one, other)}
-            assert files == {""} or len(files) == 2, f"{one} and {other} both write {files}"
+@pytest.mark.parametrize("between", ["joint", "olora"])
+@pytest.mark.parametrize("method", ["ewc", "si"])
+def test_importances_stay_behind_when_the_adapter_does_not_go_on(
+    base: Path, tmp_path: Path, method: str, between: str
+) -> None:
+    """Else they would pull at parameters that they know nothing of, or not fit them at all."""
+    course = ([method, "replay"], [between], [method, "replay"])
+    parent = None
+    for n, methods in enumerate(course):
+        strategy = StrategySpec(methods=tuple(methods), fisher_rows=3)
+        data = snapshot(tmp_path / f"data {n}", lesson(f"task {n}", 8))
+        report = run(job(base, data, tmp_path / f"{n}", parent, strategy=strategy))
+        parent = tmp_path / f"{n}"
+        if methods == [between]:
+            assert set(state(parent)) == {"replay.json"}
+            assert any(note.startswith(f"{method}.safetensors was left behind") for note in report.notes)
+    assert f"{method} begins with this cycle and knows nothing of earlier ones" in report.notes
+    assert all(point.penalty == 0.0 for point in report.curve)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

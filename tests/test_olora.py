@@ -243,10 +243,17 @@ def test_more_targets_than_the_old_adapters_have_do_not_break_them(base: Path, t
     assert any("lora.targets = all-linear was not used" in note for note in report.notes)
 
 
-def test_growing_by_another_rank_is_no_news(base: Path, home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("alpha", "said"),
+    [(2, []), (9, ["lora.alpha = 9 was not used: the champion's adapter continues with 4"])],
+)
+def test_growing_by_another_rank_is_no_news_but_another_scale_is(
+    base: Path, home: Path, tmp_path: Path, alpha: int, said: list[str]
+) -> None:
     data = snapshot(tmp_path / "rows", lesson("b", 8))
-    asked = job(base, data, tmp_path / "out", home / "one", strategy=OLORA, lora=LoraSpec(rank=1, alpha=9))
-    assert [note for note in run(asked).notes if "lora." in note] == []
+    lora = LoraSpec(rank=1, alpha=alpha)
+    asked = job(base, data, tmp_path / "out", home / "one", strategy=OLORA, lora=lora)
+    assert [note for note in run(asked).notes if "lora." in note] == said
     assert config(tmp_path / "out")["r"] == 3
 
 
