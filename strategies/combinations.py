@@ -21,7 +21,7 @@ NAIVE = "naive"  # no method at all
 AUTO = "auto"  # chosen on validation rows
 
 # What `auto` tries, the likeliest first. None needs a state that only some cycles would keep.
-SHORTLIST = (("replay",), ("replay", "lwf"), ("replay", "merge"))
+SHORTLIST = (("replay", "lwf"), ("replay",), ("replay", "merge"))
 UNBLENDABLE = frozenset({"joint", "olora"})  # their adapter is not the champion's, trained further
 REMEMBER = frozenset({"joint", "replay", "agem"})  # those with a memory of rows
 

@@ -111,7 +111,7 @@ class TrainSpec(Record):
 class StrategySpec(Record):
     """Which methods protect old skills. `methods` is empty for naive fine-tuning."""
 
-    methods: tuple[str, ...] = ("replay", "ewc")
+    methods: tuple[str, ...] = ("replay", "lwf")
     replay_size: int = 1000  # rows kept over all past tasks, at most
     replay_share: float = 1.0  # and at most this share of all rows seen so far
     replay_ratio: float = 0.5  # replayed rows for each new row, in every epoch

@@ -28,7 +28,7 @@ def test_the_shipped_config_is_rendered_from_the_settings_and_loads() -> None:
     assert (ROOT / "config.toml").read_text() == config.render()
     settings = config.load(ROOT / "config.toml")
     assert settings.gate.max_drop == 0.03
-    assert settings.strategy.methods == ("replay", "ewc")
+    assert settings.strategy.methods == ("replay", "lwf")
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_what_nothing_helps_is_rejected_with_every_attempt_on_record(rescued: Bo
     protect, last = rescued.store.candidates(cycle.id)[2:]
     assert protect.strategy is not None
     assert StrategySpec.from_json(protect.strategy).replay_ratio == 0.5
-    assert protect.change == "replay_ratio 0.25 → 0.5, ewc_lambda 1.0 → 4.0"
+    assert protect.change == "replay_ratio 0.25 → 0.5, lwf_weight 0.5 → 1.0"
     assert (protect.source, last.source) == (1, 3)
     assert len({c.model for c in rescued.store.candidates(cycle.id)}) == 4
     assert rescued.registry.alias("champion") == 1
@@ -487,7 +487,7 @@ def test_every_attempt_is_told_in_words_in_numbers_and_in_mlflow(
     assert "It took 3 attempts:" in words
     assert "1  plain training: rejected: colours@v1 went from 100.0 to 50.0" in words
     assert "2  60 % of the way from the champion to attempt 1, on validation rows 75.0 on the new" in words
-    assert "3  trained again with more protection (replay_ratio 0.25 → 0.5, ewc_lambda" in words
+    assert "3  trained again with more protection (replay_ratio 0.25 → 0.5, lwf_weight" in words
     assert words.count("this one is the version") == 1
     points = told["attempts"][1]["curve"]
     assert [point["share"] for point in points] == [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0]
