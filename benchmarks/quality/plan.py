@@ -132,7 +132,7 @@ _TINY_TRAIN = {"learning_rate": 0.01, "batch_size": 4, "epochs": 2, "patience": 
 _TINY_LORA = {"rank": 2, "alpha": 4}
 _LONG = Course(
     sizes=Sizes(domains=50, rows=24, validation=4, suite=8),
-    contenders=("naive", "replay5", "replay5+der", "ewc", "ewc-lora", "olora"),
+    contenders=("naive", "replay5", "replay5+lwf", "replay5+der", "ewc", "ewc-lora", "olora"),
     base=TINY,
     train=_TINY_TRAIN,
     lora=_TINY_LORA,
@@ -140,7 +140,7 @@ _LONG = Course(
 _WIDE = Sizes(domains=5, rows=300, validation=30, suite=45)
 _TEN = Sizes(domains=10, rows=300, validation=30, suite=45)
 
-WINNERS = ("naive", "joint", "replay5", "replay5+der")
+WINNERS = ("naive", "joint", "replay5", "replay5+lwf")
 
 PRESETS = {
     "small": Preset(
