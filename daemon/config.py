@@ -32,7 +32,9 @@ def load(path: Path) -> Settings:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config file {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        both = "strategy" in str(error) and "twice" in str(error)
+        hint = "; write strategy = [...] or the table [strategy], not both" if both else ""
+        raise ConfigError(f"{path} is not valid TOML: {error}{hint}") from None
     _check_environment()
     try:
         settings = Settings(**long_form(values))

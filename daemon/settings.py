@@ -153,7 +153,7 @@ def long_form(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class StrategySettings(Section):
-    """How old skills are protected. `strategy = ["replay", "lwf"]` above all tables says it in one line."""
+    """How old skills are protected. In one line, instead of this table: strategy = ["replay", "lwf"]"""
 
     methods: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)] = Field(
         StrategySpec.methods,

@@ -109,6 +109,7 @@ def test_paths_are_relative_to_the_file_not_to_the_shell(tmp_path: Path) -> None
         ('[strategy]\nmethods = ["replay", "ewk"]', ["unknown method 'ewk'", "replay, der"]),
         ('strategy = ["naive", "replay"]', ["naive stands alone"]),
         ('strategy = ["replay", "auto"]', ["auto stands alone"]),
+        ('strategy = ["ewc"]\n[strategy]\nreplay_size = 5', ["not valid TOML", "not both"]),
         ('strategy = ["der"]', ["strategy.methods = ['der']", "add replay"]),
         ('strategy = "ewc+si"', ["strategy.methods", "ewc and si", "choose one"]),
         ('[strategy]\nmethods = ["ewc", "ewc"]', ["strategy.methods", "twice"]),
