@@ -74,9 +74,7 @@ def choose(
         }
         out = settings.state_dir / folder / "probe"
         session = examination.probe(store, settings, snapshot, adapters, out)
-        if session.job.plan:
-            executor.evaluate(session.job, on_progress, stop)
-        examination.keep(store, session)
+        examination.sit(store, executor, session, on_progress, stop)
         trials = [
             replace(trial, scores=examination.means(store, session, trial.strategy.name)) for trial in trials
         ]

@@ -156,10 +156,10 @@ class CycleRunner:
         )
 
     def _train(self, cycle: Cycle, stop: Stop) -> Cycle:
-        candidate, stop = self._candidate(cycle, stop)
-        if candidate.kind == rescue.Kind.BLEND:
-            return self._blend(cycle, stop)
         snapshot = snapshots.load(self._snapshot_of(cycle))
+        candidate, stop = self._candidate(cycle, snapshot, stop)
+        if candidate.kind == rescue.Kind.BLEND:
+            return self._blend(cycle, snapshot, stop)
         job_of, progress = self._jobs(cycle, snapshot), self._progress(cycle)
 
         def train(strategy: StrategySpec, result: Path) -> TrainReport:
@@ -196,9 +196,8 @@ class CycleRunner:
             strategy=strategy,
         )
 
-    def _blend(self, cycle: Cycle, stop: Stop) -> Cycle:
+    def _blend(self, cycle: Cycle, snapshot: Snapshot, stop: Stop) -> Cycle:
         """The other way to a candidate; when no blend is worth an exam there is nothing to evaluate."""
-        snapshot = snapshots.load(self._snapshot_of(cycle))
         made = rescue.blend(
             self.store, self.settings, self.executor, cycle, snapshot, self._progress(cycle), stop
         )
@@ -209,13 +208,12 @@ class CycleRunner:
         return self.store.advance(cycle.id, State.TRAINED, reason=told, candidates=[made])
 
     def _evaluate(self, cycle: Cycle, stop: Stop) -> Cycle:
-        candidate, stop = self._candidate(cycle, stop)
         snapshot = snapshots.load(self._snapshot_of(cycle))
+        candidate, stop = self._candidate(cycle, snapshot, stop)
         examination.check_suites(self.store, snapshot)
         exam = self._exam(cycle, candidate, snapshot)
-        if exam.job.plan:
-            self.executor.evaluate(exam.job, self._progress(cycle), stop)
-        examination.record(self.store, cycle, exam)
+        examination.sit(self.store, self.executor, exam, self._progress(cycle), stop)
+        self.store.put_scores(examination.scores(self.store, cycle, exam))
         return self.store.advance(cycle.id, State.EVALUATED)
 
     def _decide(self, cycle: Cycle, stop: Stop) -> Cycle:
@@ -288,12 +286,12 @@ class CycleRunner:
                 return tried
         return None
 
-    def _candidate(self, cycle: Cycle, stop: Stop) -> tuple[Candidate, Stop]:
+    def _candidate(self, cycle: Cycle, snapshot: Snapshot, stop: Stop) -> tuple[Candidate, Stop]:
         """The one that is being made or examined, and the stop that this is done under."""
         candidates = self.store.candidates(cycle.id)
         if len(candidates) == 1:  # the plain training has only the stage's own time limit
             return candidates[0], stop
-        limits = rescue.Limits.of(snapshots.load(self._snapshot_of(cycle)))
+        limits = rescue.Limits.of(snapshot)
         return candidates[-1], rescue.within(candidates, limits, stop, self.clock)
 
     def _set_aside(self, cycle: Cycle, candidate: Candidate, why: str) -> Cycle:

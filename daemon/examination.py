@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from daemon import experience
+from daemon.executor import Executor, OnProgress, Stop
 from daemon.gate import SuiteScores
 from daemon.settings import Settings
 from storage import artifacts, snapshots
@@ -147,9 +148,10 @@ def _session(
     return Session(exams=exams, models=models, job=job)
 
 
-def keep(store: Store, session: Session) -> None:
-    """The predictions of a session whose job is done, into the store."""
+def sit(store: Store, executor: Executor, session: Session, on_progress: OnProgress, stop: Stop) -> None:
+    """Has the worker answer what is still to be answered, and puts the predictions into the store."""
     if session.job.plan:
+        executor.evaluate(session.job, on_progress, stop)
         artifacts.verify(Path(session.job.out))
         _store_predictions(store, session)
 
@@ -185,12 +187,6 @@ def _mean(store: Store, model: str, exam: Exam) -> tuple[float, int]:
     """Mean and number of the scores of a model in an exam that it has sat."""
     values = [prediction.score for prediction in store.predictions(model, exam.key).values()]
     return sum(values) / len(values), len(values)
-
-
-def record(store: Store, cycle: Cycle, session: Session) -> None:
-    """Predictions and their means, into the store."""
-    keep(store, session)
-    store.put_scores(scores(store, cycle, session))
 
 
 def evidence(store: Store, cycle: Cycle, new_tasks: Sequence[str]) -> list[SuiteScores]:

@@ -220,9 +220,7 @@ def _curve(
     }
     labels = {f"{share:g}": adapter for share, adapter in adapters.items()}
     session = examination.probe(store, settings, snapshot, labels, out)
-    if session.job.plan:
-        executor.evaluate(session.job, on_progress, stop)
-    examination.keep(store, session)
+    examination.sit(store, executor, session, on_progress, stop)
     asked = Counter(row.task for row in snapshot.rows("probe"))
     return tradeoff.Curve(
         new_tasks=tuple(snapshot.info["meta"]["new_tasks"]),

@@ -8,67 +8,48 @@ parameters, and an importance that fades, F* ← γF* + F. Only parameters that 
 Each F is scaled (`strategies.quadratic.relative`), so that λ means the same on every model.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from storage.errors import NonFiniteLoss
-from strategies import quadratic
 from strategies.batches import Example, collate, nll
 from strategies.contract import Progress
-from strategies.method import Method
+from strategies.held import Held
 from strategies.model import trainable
-from strategies.quadratic import Quadratic, check_fit, relative
+from strategies.quadratic import Quadratic, relative
 from strategies.replay_memory import priority
 
 
-class Ewc(Method):
-    """State: one quadratic, however many experiences it stands for."""
+class Ewc(Held):
+    """The quadratic's curvature is the Fisher information."""
 
     file = "ewc.safetensors"
 
-    past: Quadratic | None = None
+    @property
+    def strength(self) -> float:
+        return self.spec.ewc_lambda
 
     @property
     def online(self) -> bool:
         return self.spec.ewc_mode == "online"
 
-    def load(self, state: Path) -> None:
-        super().load(state)
-        path = state / self.file
-        self.past = quadratic.load(path) if path.exists() else None
-
-    def save(self, state: Path) -> None:
-        if self.past is not None:
-            quadratic.save(self.past, state / self.file)
-
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        if self.past is None:
-            return
-        check_fit(self.past, trainable(strategy.model), "ewc")
-        self.past = self.past.to(strategy.device)
-        if self.online:
+        super().before_training_exp(strategy, **kwargs)
+        if self.past is not None and self.online:
             self.past = self.past.faded(self.spec.ewc_decay)
-
-    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        """Once in an optimiser step, however many passes it has."""
-        if self.past is not None and strategy.last_pass:
-            strategy.penalise(self.spec.ewc_lambda / 2 * self.past.at(trainable(strategy.model)))
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         rows = choose(strategy.experience.new, self.spec.fisher_rows, self.seed)
         anchor = {name: p.detach().clone() for name, p in trainable(strategy.model).items()}
         fisher = relative(fisher_information(strategy, rows), anchor)
-        if self.past is None:
-            self.past = Quadratic(curvature=fisher, centre=anchor)
-        elif self.online:
+        if self.past is not None and self.online:
             total = {name: old + fisher[name] for name, old in self.past.curvature.items()}
             self.past = Quadratic(curvature=total, centre=anchor)
         else:
-            self.past = self.past.plus(fisher, anchor)
+            self.hold(fisher, anchor)
 
 
 def fisher_information(strategy: Any, rows: Sequence[Example]) -> dict[str, Tensor]:
@@ -91,9 +72,14 @@ def fisher_information(strategy: Any, rows: Sequence[Example]) -> dict[str, Tens
             if gradient is not None:
                 square += gradient.float().square()
         strategy.tell(Progress(stage="fisher", step=n + 1, steps=len(rows)))
-    if not all(square.isfinite().all() for square in squares.values()):
-        raise NonFiniteLoss("the Fisher information is not finite; try a lower training.learning_rate")
+    check_finite(squares.values())
     return {name: square / len(rows) for name, square in squares.items()}
+
+
+def check_finite(fisher: Iterable[Tensor]) -> None:
+    """Raises `NonFiniteLoss`."""
+    if not all(part.isfinite().all() for part in fisher):
+        raise NonFiniteLoss("the Fisher information is not finite; try a lower training.learning_rate")
 
 
 def choose(rows: Sequence[Example], count: int, seed: int) -> list[Example]:

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storage.errors import IntegrityError, ModelError, NonFiniteLoss
+from storage.errors import IntegrityError, ModelError
 from strategies.batches import Example, collate, nll
-from strategies.ewc import choose
+from strategies.ewc import check_finite, choose
 from strategies.method import Method, in_batches
 from strategies.model import LoraLayer, lora_layers
 
@@ -122,8 +122,7 @@ def fisher_sums(strategy: Any, rows: Sequence[Example]) -> Sums:
     finally:
         for hook in hooks:
             hook.remove()
-    if not all(t.isfinite().all() for pair in total.values() for t in pair):
-        raise NonFiniteLoss("the Fisher information is not finite; try a lower training.learning_rate")
+    check_finite(t for pair in total.values() for t in pair)
     return {name: (r / len(rows), c / len(rows)) for name, (r, c) in total.items()}
 
 

@@ -15,10 +15,11 @@ from torch.nn import Module
 from strategies import combinations, replay_memory, replay_policies
 from strategies.batches import Example
 from strategies.contract import LoraSpec, TrainJob, TrainReport, result_files
+from strategies.der import Der
 from strategies.model import Base, follows_targets, fresh_adapter, grown_adapter, with_adapter
-from strategies.replay import room, seen
+from strategies.replay import Replay, room, seen
 
-_ABOUT_ROWS = {replay_memory.FILE, "der.safetensors"}  # the rest is about parameters
+_ABOUT_ROWS = {Replay.file, Der.file}  # the rest is about parameters
 
 
 def adapter(base: Base, job: TrainJob) -> Module:

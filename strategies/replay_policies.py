@@ -87,10 +87,9 @@ def draw_hardest(memory: Memory, count: int, seed: int, epoch: int) -> list[str]
     experience instead of before each step, which costs one pass over the memory.
     """
     risen = sorted(
-        (row for rows in memory.tasks.values() for row, trace in rows.items() if trace.rise > 0),
-        key=lambda row: (-_trace(memory, row).rise, row),
+        (-trace.rise, row) for rows in memory.tasks.values() for row, trace in rows.items() if trace.rise > 0
     )
-    hard = risen[: int(count * MOST_HARD)]
+    hard = [row for _, row in risen[: int(count * MOST_HARD)]]
     return hard + draw_equally(memory, count - len(hard), seed, epoch)
 
 
@@ -169,10 +168,6 @@ def _stream(rows: list[str], start: int, stop: int, seed: str) -> list[str]:
     ]
     skipped = turns.start * len(rows)
     return ordered[start - skipped : stop - skipped]
-
-
-def _trace(memory: Memory, row: str) -> Trace:
-    return next(rows[row] for rows in memory.tasks.values() if row in rows)
 
 
 def _spacing(memory: Memory, task: str) -> Spacing:

@@ -8,35 +8,27 @@ the cheap alternative to EWC. Scaled as EWC's are, so that λ means the same.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from strategies import quadratic
-from strategies.method import Method
+from strategies.held import Held
 from strategies.model import trainable
-from strategies.quadratic import Quadratic, check_fit, relative
+from strategies.quadratic import relative
 
 DAMPING = 1e-6  # ξ: what has not moved must not seem infinitely important
 
 
-class Si(Method):
-    """State: one quadratic, however many experiences it stands for."""
+class Si(Held):
+    """The quadratic's curvature is what the training's own steps say."""
 
     file = "si.safetensors"
-    past: Quadratic | None = None
     path: dict[str, Tensor]  # what each parameter did for the loss in this experience, ω
 
-    def load(self, state: Path) -> None:
-        super().load(state)
-        path = state / self.file
-        self.past = quadratic.load(path) if path.exists() else None
-
-    def save(self, state: Path) -> None:
-        if self.past is not None:
-            quadratic.save(self.past, state / self.file)
+    @property
+    def strength(self) -> float:
+        return self.spec.si_lambda
 
     def midway(self) -> dict[str, Tensor]:
         return self.path
@@ -45,16 +37,10 @@ class Si(Method):
         self.path = {name: t.to(self.path[name].device) for name, t in tensors.items()}
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        super().before_training_exp(strategy, **kwargs)
         parameters = trainable(strategy.model)
         self.start = {name: p.detach().clone() for name, p in parameters.items()}
         self.path = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-        if self.past is not None:
-            check_fit(self.past, parameters, "si")
-            self.past = self.past.to(strategy.device)
-
-    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
-        if self.past is not None and strategy.last_pass:
-            strategy.penalise(self.spec.si_lambda / 2 * self.past.at(trainable(strategy.model)))
 
     @torch.no_grad()
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
@@ -67,7 +53,7 @@ class Si(Method):
         if self.past is not None:
             for name, curvature in self.past.curvature.items():
                 pull = curvature * (self.before[name] - self.past.centre[name])
-                self.slope[name] -= self.spec.si_lambda * pull
+                self.slope[name] -= self.strength * pull
 
     @torch.no_grad()
     def after_update(self, strategy: Any, **kwargs: Any) -> None:
@@ -78,7 +64,4 @@ class Si(Method):
         end = {name: p.detach().clone() for name, p in trainable(strategy.model).items()}
         moved = {name: (end[name] - self.start[name]).square() for name in end}
         importance = {name: path.clamp(min=0) / (moved[name] + DAMPING) for name, path in self.path.items()}
-        weighed = relative(importance, end)
-        self.past = (
-            Quadratic(curvature=weighed, centre=end) if self.past is None else self.past.plus(weighed, end)
-        )
+        self.hold(relative(importance, end), end)

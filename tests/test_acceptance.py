@@ -15,17 +15,11 @@ from storage.registry import Registry
 from storage.store import Store
 from tests.bots import FLAVOURS, collect, fresh_mlflow, lesson, write_config
 from tests.daemons import ROOT, SECONDS, DaemonProcess, children, environment, training_step
-from tests.toys import tiny_base
 
 pytestmark = pytest.mark.acceptance
 
 WORKING = [State.REQUESTED, State.PULLED, State.SNAPSHOTTED, State.TRAINED, State.EVALUATED, State.DECIDED]
 LESSON = lesson("colours", train=32)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -21,15 +21,9 @@ from strategies.replay import seen
 from strategies.replay_memory import Memory, Seen, memory_hashes
 from strategies.replay_policies import draw_equally
 from tests import trainings
-from tests.toys import tiny_base
 from tests.trainings import adapter_bytes, job, lesson, run, snapshot, state
 
 AGEM = StrategySpec(methods=("agem",), replay_ratio=0.5, replay_size=6)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def test_a_gradient_against_the_reference_is_projected() -> None:

@@ -10,13 +10,7 @@ from storage.errors import IntegrityError, Interrupted
 from strategies.checkpoint import INFO, Checkpoints, Course
 from strategies.contract import CurvePoint, LoraSpec, Progress, StrategySpec, TrainJob, TrainReport
 from strategies.loop import train
-from tests.toys import tiny_base
 from tests.trainings import SPEC, StopAfter, adapter_bytes, job, lesson, run, snapshot, state
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from storage.records import State
 from storage.store import Store
 from tests.bots import write_config
 from tests.daemons import ROOT, cli, read_json
-from tests.toys import tiny_base
 
 NOBODY = 65534
 COMMANDS = (
@@ -32,11 +31,6 @@ def path(tmp_path: Path) -> Path:
     ran = cli(tmp_path / "none", "init", str(tmp_path / "bot"))
     assert ran.returncode == 0, ran.stderr
     return tmp_path / "bot" / "config.toml"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def test_init_writes_a_config_that_loads_and_a_private_state_directory(path: Path) -> None:

@@ -11,15 +11,9 @@ from strategies import der
 from strategies.contract import StrategySpec, TrainReport, result_files
 from strategies.distill import Opinion, opinion
 from strategies.replay_memory import memory_hashes
-from tests.toys import tiny_base
 from tests.trainings import adapter_bytes, job, lesson, run, snapshot
 
 DER = StrategySpec(methods=("replay", "der"), replay_ratio=1.0, replay_size=10)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def told(*answer_tokens: int) -> dict[str, Opinion]:

@@ -18,16 +18,10 @@ from strategies.experience import LanguageExperience, Loader
 from strategies.lwf import Lwf
 from strategies.replay import Replay, seen
 from tests import trainings
-from tests.toys import tiny_base
 from tests.trainings import NAIVE, adapter_bytes, job, lesson, run, snapshot, state
 
 T = 2.0
 LWF = StrategySpec(methods=("lwf",))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def logits(*shape: int, seed: int = 0) -> Tensor:

@@ -325,11 +325,6 @@ def test_half_of_lambda_is_the_price_of_losing_all_that_an_experience_taught() -
     assert [term.item() for term in charged] == [pytest.approx(10.0 / 2)]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
-
-
 @pytest.mark.parametrize("passes", [1, 3])
 def test_half_lambda_times_the_penalty_is_added_once_a_step(base: Path, tmp_path: Path, passes: int) -> None:
     """Its gradient is λH(θ−m), whether the step has one pass or several."""

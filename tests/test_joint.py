@@ -7,16 +7,10 @@ import pytest
 
 from strategies.contract import LoraSpec, StrategySpec, result_files
 from strategies.replay_memory import memory_hashes
-from tests.toys import tiny_base
 from tests.trainings import SPEC, adapter_bytes, job, lesson, run, snapshot, state
 
 JOINT = StrategySpec(methods=("joint",), replay_size=3, replay_share=0.1)
 OLD, NEW = lesson("a", 10), lesson("b", 6)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,8 @@ from strategies.experience import Loader, Step
 from strategies.loop import learning_rate, train
 from strategies.model import load_base, trainable, with_adapter
 from tests import trainings
-from tests.toys import tiny_base, tiny_model_spec
+from tests.toys import tiny_model_spec
 from tests.trainings import SPEC, adapter, adapter_bytes, job, lesson, run, snapshot, state
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def examples(count: int) -> list[Example]:

@@ -10,15 +10,9 @@ from storage.errors import Interrupted
 from strategies.contract import Progress, StrategySpec, TrainJob
 from strategies.loop import train
 from tests import trainings
-from tests.toys import tiny_base
 from tests.trainings import SPEC, adapter_bytes, job, lesson, run, snapshot, state
 
 MERGE = StrategySpec(methods=("merge",), fisher_rows=4)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from strategies.contract import LoraSpec, StrategySpec, TrainJob, TrainReport
 from strategies.loop import train
 from strategies.method import Method
 from tests import trainings
-from tests.toys import tiny_base
 from tests.trainings import SPEC, StopAfter, adapter_bytes, job, lesson, run, snapshot, state
 
 PLAIN = StrategySpec(methods=(), replay_ratio=0.5, replay_size=12, fisher_rows=3)
@@ -27,11 +26,6 @@ SPECS = {name: replace(PLAIN, methods=(name,)) for name in METHODS if name != "d
     "many": replace(PLAIN, methods=("merge", "replay", "der", "lwf", "si"), replay_policy="hardest"),
     "more": replace(PLAIN, methods=("agem", "lwf", "ewc-lora", "olora")),
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module", params=SPECS)

@@ -30,15 +30,10 @@ from strategies.replay_policies import (
     respaced,
     share_out,
 )
-from tests.toys import tiny_base, tiny_model_spec
+from tests.toys import tiny_model_spec
 from tests.trainings import SPEC, adapter_bytes, job, lesson, run, snapshot
 
 REPLAY = StrategySpec(methods=("replay",), replay_ratio=0.5, replay_size=12)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 def rows(task: str, count: int, answer: str = "") -> list[Seen]:

@@ -30,14 +30,8 @@ from tests.daemons import (
     read_json,
     training_step,
 )
-from tests.toys import tiny_base
 
 QUICK = STOP_SECONDS + 5  # a stop without a worker; the rest is room for a loaded machine
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -29,7 +29,6 @@ from strategies.contract import (
     TrainJob,
     TrainReport,
 )
-from tests.toys import tiny_base
 from tests.trainings import SPEC, adapter_bytes, job, lesson, run, snapshot, state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,11 +114,6 @@ def children() -> Iterator[Children]:
     yield found
     for child in found.all:
         child.end()
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
