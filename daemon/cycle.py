@@ -59,7 +59,7 @@ class CycleRunner:
         executor: Executor,
         *,
         clock: Callable[[], datetime],
-        on_progress: Callable[[int, Progress], None] = lambda cycle, progress: None,
+        on_progress: Callable[[int, Progress | None], None] = lambda cycle, progress: None,
     ) -> None:
         self.settings = settings
         self.store = store
@@ -89,6 +89,7 @@ class CycleRunner:
                 if self.store.is_cancelled(cycle.id):
                     raise Cancelled()
                 cycle = self._step(cycle, stop)
+                self.on_progress(cycle.id, None)  # who follows the cycle is told of its new state
         except Cancelled:
             cycle = self._end(cycle_id, State.CANCELLED, "cancelled by hand; its rows stay pending")
         except RETRIED_LATER:

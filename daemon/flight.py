@@ -137,7 +137,8 @@ class Flight:
     def closing(self) -> bool:
         return self._closing
 
-    def on_progress(self, cycle_id: int, progress: Progress) -> None:
+    def on_progress(self, cycle_id: int, progress: Progress | None) -> None:
+        """`None`: the cycle has reached another state, whose first progress is still to come."""
         self._tell(cycle_id=cycle_id, progress=progress, waiting=None)
 
     def news(self, seen: int, timeout: float) -> Activity:

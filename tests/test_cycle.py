@@ -9,7 +9,7 @@ from daemon import promote, report
 from daemon.executor import Stop
 from storage.errors import IntegrityError, Interrupted, StageError, WorkerError
 from storage.records import Cycle, State
-from strategies.contract import TrainReport
+from strategies.contract import Progress, TrainReport
 from tests.bots import FLAVOURS, Bot, lesson, make_bot, make_bot_again, two_promoted
 
 
@@ -23,6 +23,22 @@ def test_two_tasks_in_two_cycles_end_promoted_with_a_full_accuracy_matrix(bot: B
     assert set(table.metrics()) >= {"average_accuracy", "backward_transfer", "forgetting"}
     assert bot.registry.alias("champion") == 2
     assert bot.registry.alias("challenger") is None
+
+
+def test_who_watches_is_told_of_every_state_as_soon_as_it_is_reached(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    cycle, seen = bot.request(), []
+    runner = bot.runner()
+
+    def watch(number: int, progress: Progress | None) -> None:
+        if progress is None:
+            seen.append(bot.store.cycle(number))
+
+    runner.on_progress = watch
+    runner.run(cycle.id, Stop())
+    assert [told.state for told in seen if told] == [
+        State.PULLED, State.SNAPSHOTTED, State.TRAINED, State.EVALUATED, State.DECIDED, State.PROMOTED,
+    ]  # fmt: skip
 
 
 def test_every_score_is_the_mean_of_stored_predictions(bot: Bot) -> None:

@@ -313,7 +313,11 @@ def test_sigterm_in_mid_training_is_quick_and_the_cycle_goes_on_at_the_next_star
         daemon.until(lambda told: training_step(told) > 6)
         worker = children(daemon.process.pid)
         assert worker
+        for pid in worker:  # it would be done before a command has started
+            os.kill(pid, signal.SIGSTOP)
         assert "cycle 1: train" in cli(path, "status").stdout
+        for pid in worker:
+            os.kill(pid, signal.SIGCONT)
         started = time.monotonic()
         assert daemon.stop() == 0
         assert time.monotonic() - started < WORKER_STOP_SECONDS
