@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from storage.records import Cycle, Event, State, StoredRow, TaskRecord
+from storage.records import Answer, Cycle, Event, State, StoredRow, TaskRecord
 from storage.rows import Split
 
 _TEXT, _TIME, _REAL = pa.string(), pa.timestamp("us"), pa.float64()
@@ -23,6 +23,10 @@ ROWS = pa.schema(
 QUARANTINE = pa.schema(
     [(name, _TEXT) for name in ("hash", "id", "task", "raw", "reason", "detail", "source")] + [("at", _TIME)]
 )
+LABELS = pa.schema(
+    [(name, _TEXT) for name in ("row_hash", "source", "id")] + [("created_at", _TIME), ("seq", pa.int64())]
+)
+SUPERSESSIONS = pa.schema([("seq", pa.int64()), ("row_hash", _TEXT), ("by_hash", _TEXT), ("at", _TIME)])
 PREDICTIONS = pa.schema(
     [("row_hash", _TEXT), ("prediction", _TEXT)]
     + [(name, _REAL) for name in ("exact_match", "token_f1", "score")]
@@ -56,6 +60,10 @@ def with_roles(rows: Sequence[tuple[str, str]]) -> Any:
 
 def row(*, split: str, **values: Any) -> StoredRow:
     return StoredRow(split=Split(split), **values)
+
+
+def keyed_answer(*, key: str, **values: Any) -> tuple[str, Answer]:
+    return key, Answer(**values)
 
 
 def task(*, labels: str, **values: Any) -> TaskRecord:

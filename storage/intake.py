@@ -1,7 +1,8 @@
 """From raw rows to accepted ones: what is wrong is quarantined with its reason, the rest is stored once.
 
 Judges rows and hands them to the store in batches; opens nothing itself. Reading the same rows again, in
-any order and after any crash, changes nothing. What a user wrote is only ever text here.
+any order and after any crash, changes nothing: a row that says what it said last is no news. What a user
+wrote is only ever text here.
 """
 
 import json
@@ -29,12 +30,14 @@ class IntakeReport:
     """What became of the rows that were read: `read` is the sum of the next three.
 
     `quarantined` counts by reason only what was not in quarantine already; `rejected` counts all.
+    `superseded` are rows that lost their place to another answer: older ones, or late arrivals.
     """
 
     read: int = 0
     accepted: int = 0
     known: int = 0
     rejected: int = 0
+    superseded: int = 0
     quarantined: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: "IntakeReport") -> "IntakeReport":
@@ -44,11 +47,14 @@ class IntakeReport:
             accepted=self.accepted + other.accepted,
             known=self.known + other.known,
             rejected=self.rejected + other.rejected,
+            superseded=self.superseded + other.superseded,
             quarantined={r: self.quarantined.get(r, 0) + other.quarantined.get(r, 0) for r in reasons},
         )
 
     def __str__(self) -> str:
         told = f"{self.read} read, {self.accepted} new, {self.known} known"
+        if self.superseded:
+            told += f", {self.superseded} superseded"
         if self.quarantined:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.quarantined.items())
             told += f", {sum(self.quarantined.values())} quarantined ({reasons})"
@@ -120,11 +126,9 @@ def _take_batch(
             rows.append((raw, judged))
         else:
             refused.append(judged)
-    hashes = [row.hash for _, row in rows]
-    known = store.known(hashes)
     fresh: list[Row] = []
-    for (raw, row), row_hash in zip(rows, hashes, strict=True):
-        if row_hash in known:
+    for (raw, row), repeated in zip(rows, store.repeats([row for _, row in rows], source), strict=True):
+        if repeated:
             continue
         try:  # only now: counting tokens costs more than everything else together
             _check_length(row, count_tokens, max_tokens)
@@ -133,7 +137,7 @@ def _take_batch(
             refused.append(_reject(raw, refusal, source, now))
     before = store.quarantine_counts()
     store.quarantine(refused)
-    acceptance = store.accept(fresh, source, shares=shares)
+    acceptance = store.accept(fresh, source, shares=shares, on_conflict=spec.on_conflict)
     after = store.quarantine_counts()
     rejected = len(refused) + acceptance.rejected
     return IntakeReport(
@@ -141,6 +145,7 @@ def _take_batch(
         accepted=acceptance.accepted,
         known=len(batch) - acceptance.accepted - rejected,
         rejected=rejected,
+        superseded=acceptance.superseded,
         quarantined={r: n - before.get(r, 0) for r, n in after.items() if n > before.get(r, 0)},
     )
 
@@ -246,7 +251,7 @@ def _split(value: object) -> Split | None:
 
 
 def _time(value: object) -> datetime | None:
-    """UTC, naive. It is only carried along, so what is no time is simply none."""
+    """UTC, naive. No row is refused for its time, so what is no time is simply none."""
     if isinstance(value, str):
         try:
             value = datetime.fromisoformat(value.strip())

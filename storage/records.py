@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from storage.rows import Split
 
@@ -100,11 +100,52 @@ def rejection_hash(raw: str, reason: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Acceptance:
-    """What became of the rows handed to `Store.accept`; the three add up to all of them."""
+    """What became of the rows handed to `Store.accept`; the first three add up to all of them.
+
+    `superseded` counts stored rows that lost their place to another answer, the ones just stored included.
+    """
 
     accepted: int
     known: int
     rejected: int
+    superseded: int = 0
+
+
+# What becomes of a question's other answer: the newest counts, or the first, or all of them.
+OnConflict = Literal["newest", "quarantine", "both"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """An answer on record. `created_at` is the newest time it was given with; `counts`: not superseded."""
+
+    hash: str
+    answer: str
+    id: str
+    source: str
+    created_at: datetime | None
+    counts: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Label:
+    """That a row of a source gives a stored row's label; `seq` is the order in which labels were news."""
+
+    row_hash: str
+    source: str
+    id: str
+    created_at: datetime | None
+    seq: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Supersession:
+    """A row that lost its place to another answer, or has it back (`by_hash` None), and when."""
+
+    seq: int
+    row_hash: str
+    by_hash: str | None
+    at: datetime
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -57,7 +57,7 @@ def normalise(text: str) -> str:
 class Row:
     """One labeled question and its answer, as the collector gave it, plus its split.
 
-    `id` is the collector's own and is only carried along; identity is by content.
+    `id` is the collector's own; identity is by content.
     """
 
     id: str
@@ -76,7 +76,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """What is asked of which task: 32 hex digits. A task has one answer per key."""
+        """What is asked of which task: 32 hex digits. Two answers to one key contradict each other."""
         return _digest(normalise(self.task), normalise(self.context), normalise(self.question))
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 import duckdb
 
 from storage.errors import SourceBusy, SourceError
-from storage.records import Clock, Cursor, utcnow
+from storage.records import Clock, Cursor, OnConflict, utcnow
 
 REQUIRED = ("id", "question", "answer")
 
@@ -53,6 +53,7 @@ class SourceSpec:
     table: str = "qa"
     columns: Columns = Columns()
     default_task: str = "general"
+    on_conflict: OnConflict = "newest"
     overlap: timedelta = timedelta(hours=48)
     full_scan_every: timedelta = timedelta(days=7)
     batch_rows: int = 20_000

@@ -11,12 +11,14 @@ import uuid
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from storage import bulk
-from storage.acceptance import sort_out, spelled_alike
+from storage.acceptance import OnRecord, repeats, sort_out, spelled_alike
 from storage.database import Database
 from storage.errors import IntegrityError, StoreError
 from storage.records import (
@@ -28,6 +30,7 @@ from storage.records import (
     Cycle,
     Event,
     ModelVersion,
+    OnConflict,
     Prediction,
     Promotion,
     Rejected,
@@ -35,6 +38,7 @@ from storage.records import (
     State,
     StoredRow,
     Suite,
+    Supersession,
     TaskRecord,
     utcnow,
 )
@@ -84,26 +88,57 @@ class Store:
     # -- rows ------------------------------------------------------------------------------------
 
     def accept(
-        self, rows: Sequence[Row], source: str, *, shares: tuple[float, float] | None = None
+        self,
+        rows: Sequence[Row],
+        source: str,
+        *,
+        shares: tuple[float, float] | None = None,
+        on_conflict: OnConflict = "newest",
     ) -> Acceptance:
-        """Store the rows that are new; count the ones known; quarantine the ones that contradict.
+        """Store the rows that are new; count the ones known; quarantine the ones that cannot be.
 
         A row without a split takes the split that its question has already, under any task; a new
-        question takes the split that its content gives with `shares` (validation, suite).
+        question takes the split that its content gives with `shares` (validation, suite). Another answer
+        to a question takes its split in any case, and `on_conflict` says which of the answers count: the
+        newest label, only the first (the row is quarantined), or both. What is superseded stays stored.
+        Raises `StoreError` when the store cannot be used.
         """
         with self._db.transaction():
             rows = spelled_alike(rows, [name for (name,) in self._db.rows("task_names")])
             keyed = [(row, row.hash, row.key, row.question_key) for row in rows]
-            answers, splits = self.lookup_keys([k[2] for k in keyed], [k[3] for k in keyed])
-            fresh, rejected = sort_out(
-                keyed, answers=answers, splits=splits, shares=shares, source=source,
-                seq=int(self._db.value("last_row")), now=self.clock(),
+            found = sort_out(
+                keyed, record=self._on_record(keyed, source), shares=shares, source=source,
+                on_conflict=on_conflict, seq=int(self._db.value("last_row")), now=self.clock(),
             )  # fmt: skip
-            if fresh:
-                self._db.rows("insert_rows", bulk.table(bulk.ROWS, fresh))
-            self.quarantine(rejected)
-        known = len(rows) - len(fresh) - len(rejected)
-        return Acceptance(accepted=len(fresh), known=known, rejected=len(rejected))
+            if found.fresh:
+                self._db.rows("insert_rows", bulk.table(bulk.ROWS, found.fresh))
+            if found.labels:
+                self._db.rows("put_labels", bulk.table(bulk.LABELS, found.labels))
+            superseded = self._supersede(found.supersessions, source)
+            self.quarantine(found.rejected)
+        accepted, rejected = len(found.fresh), len(found.rejected)
+        known = len(rows) - accepted - rejected
+        return Acceptance(accepted=accepted, known=known, rejected=rejected, superseded=superseded)
+
+    def _supersede(self, moves: Sequence[Supersession], source: str) -> int:
+        """Puts them on record; how many rows lost their place."""
+        if moves:
+            self._db.rows("insert_supersessions", bulk.table(bulk.SUPERSESSIONS, moves))
+        lost = sum(move.by_hash is not None for move in moves)
+        if lost:
+            self.event("superseded", rows=lost, source=source)
+        return lost
+
+    def supersessions(self) -> list[Supersession]:
+        """Which row lost its place to which, or has it back, and when; oldest first."""
+        return self._db.all(Supersession, "supersessions")
+
+    def superseded(self, hashes: Sequence[str]) -> set[str]:
+        """Those of the rows that another answer has superseded."""
+        return {row[0] for row in self._db.rows("superseded_given", bulk.column(hashes))}
+
+    def superseded_count(self) -> int:
+        return int(self._db.value("superseded_count"))
 
     def quarantine(self, items: Sequence[Rejected]) -> int:
         """Keep what was not accepted; how many of them are new."""
@@ -119,18 +154,24 @@ class Store:
     def quarantine_counts(self) -> dict[str, int]:
         return dict(self._db.rows("quarantine_counts"))
 
-    def known(self, hashes: Sequence[str]) -> set[str]:
-        """Those of the hashes that are rows of the store."""
-        return {row[0] for row in self._db.rows("hashes_given", bulk.column(hashes))}
+    def repeats(self, rows: Sequence[Row], source: str) -> list[bool]:
+        """Of each row of a source, whether it only says again what its id said last: nothing to accept."""
+        return repeats(rows, {(row_hash, row_id): at for _, row_id, row_hash, at in self._told(rows, source)})
 
-    def lookup_keys(
-        self, keys: Sequence[str], question_keys: Sequence[str]
-    ) -> tuple[dict[str, tuple[str, str]], dict[str, Split]]:
-        """What is on record: key to (hash, answer), and question key to split."""
-        with self._db.transaction():
-            answers = self._db.rows("answers_given", bulk.column(keys))
-            splits = self._db.rows("splits_given", bulk.column(question_keys))
-        return {key: (row, answer) for key, row, answer in answers}, {key: Split(s) for key, s in splits}
+    def _on_record(self, rows: Sequence[tuple[Row, str, str, str]], source: str) -> OnRecord:
+        """What is known of rows of a source, given with their hash, key and question key."""
+        found = self._db.all(bulk.keyed_answer, "answers_given", bulk.column([row[2] for row in rows]))
+        splits = self._db.rows("splits_given", bulk.column([row[3] for row in rows]))
+        told = self._told([row[0] for row in rows], source)
+        return OnRecord(
+            answers={key: [answer for k, answer in group] for key, group in groupby(found, itemgetter(0))},
+            splits={key: Split(split) for key, split in splits},
+            told={(key, row_id): (row_hash, at) for key, row_id, row_hash, at in told},
+        )
+
+    def _told(self, rows: Sequence[Row], source: str) -> list[tuple[Any, ...]]:
+        """(key, id, hash, time): what the source's rows with the ids of these said last."""
+        return self._db.rows("told_given", bulk.column([row.id for row in rows]), source=source)
 
     def rows_by_hash(self, hashes: Sequence[str]) -> list[StoredRow]:
         """The rows in the order of the hashes; all of them must be there."""
@@ -144,7 +185,7 @@ class Store:
         return [found[row_hash] for row_hash in hashes]
 
     def row_counts(self) -> dict[str, dict[Split, int]]:
-        """Rows by task and split."""
+        """Rows by task and split, without superseded ones."""
         counts: dict[str, dict[Split, int]] = {}
         for task, split, count in self._db.rows("row_counts"):
             counts.setdefault(task, {})[Split(split)] = count
@@ -160,10 +201,15 @@ class Store:
         return [row[0] for row in self._db.rows("answers", task=task)]
 
     def task_rows(self, task: str, split: Split) -> list[StoredRow]:
+        """The rows of a task in a split, without superseded ones, in order of acceptance."""
         return self._db.all(bulk.row, "task_rows", task=task, split=split)
 
     def pending(self, lineage: Sequence[int]) -> list[StoredRow]:
-        """Training rows that no cycle of the lineage has trained on, in order of acceptance."""
+        """Training rows that no cycle of the lineage has trained on, in order of acceptance.
+
+        Without superseded ones; but a row that counts again after the lineage has learned another answer is
+        pending once more.
+        """
         return self._db.all(bulk.row, "pending", split=Split.TRAIN, lineage=list(lineage))
 
     def pending_count(self, lineage: Sequence[int]) -> int:
@@ -207,7 +253,11 @@ class Store:
             given = bulk.column(hashes)
             strangers = self._db.rows("strangers_given", given, task=task)
             if strangers or not hashes:
-                what = f"row {strangers[0][0]} is not a suite row of it" if strangers else "it has no rows"
+                what = (
+                    f"row {strangers[0][0]} is not a suite row of it that counts"
+                    if strangers
+                    else "it has no rows"
+                )
                 raise IntegrityError(f"the suite of {task!r} was not frozen: {what}; see `daemon doctor`")
             suite = Suite(
                 task=task, version=latest.version + 1 if latest else 1, hash=suite_hash,
@@ -452,8 +502,9 @@ class Store:
     def comparable_scores(self, upto: int) -> dict[tuple[str, str], float]:
         """(model, task) to the mean score in the newest exam that it sat up to a cycle.
 
-        Over the rows of the task's first suite version, which every later version contains: models that
-        sat different versions are compared on the same rows.
+        Over the rows that every version of the task's suite has had: models that sat different versions are
+        compared on the same questions and answers. When nothing is left of the first versions, over what
+        every version has had since; models that sat only older ones then have no score.
         """
         return {(model, task): mean for model, task, mean in self._db.rows("comparable_scores", upto=upto)}
 
@@ -465,9 +516,9 @@ class Store:
             text = json.dumps(detail, default=str, ensure_ascii=False)
             self._db.rows("insert_event", now=self.clock(), kind=str(kind), cycle_id=cycle_id, detail=text)
 
-    def events(self, limit: int = 200, cycle_id: int | None = None) -> list[Event]:
+    def events(self, limit: int = 200, cycle_id: int | None = None, kind: str | None = None) -> list[Event]:
         """The newest events, newest first."""
-        return self._db.all(bulk.event, "events", limit=limit, cycle_id=cycle_id)
+        return self._db.all(bulk.event, "events", limit=limit, cycle_id=cycle_id, kind=kind)
 
     def get_meta(self, key: str) -> str | None:
         value = self._db.value("get_meta", key=key)

@@ -20,6 +20,7 @@ from storage.store import Store
 NOW = datetime(2026, 3, 1, 2, 30)
 SHARES = (0.1, 0.2)
 SPEC = SourceSpec(default_task="general")
+FIRST_WINS = SourceSpec(default_task="general", on_conflict="quarantine")
 GOOD = {"id": "1", "task": "billing", "question": "How do I pay?", "answer": "By card."}
 
 
@@ -43,9 +44,11 @@ def accepted(**values: object) -> Row:
     return judged
 
 
-def take_all(store: Store, *rows: RawRow, count_tokens: CountTokens | None = None) -> IntakeReport:
+def take_all(
+    store: Store, *rows: RawRow, count_tokens: CountTokens | None = None, spec: SourceSpec = SPEC
+) -> IntakeReport:
     return take(
-        [list(rows)], store, SPEC, shares=SHARES, count_tokens=count_tokens, max_tokens=50, source_name="s"
+        [list(rows)], store, spec, shares=SHARES, count_tokens=count_tokens, max_tokens=50, source_name="s"
     )
 
 
@@ -211,10 +214,10 @@ def test_each_distinct_row_is_accepted_once(store: Store) -> None:
 
 def test_the_report_counts_every_row_and_every_new_reason_once(store: Store) -> None:
     bad = [raw(answer=""), raw(question=5), raw(answer="Cash only.")]
-    first = take_all(store, raw(), *bad)
+    first = take_all(store, raw(), *bad, spec=FIRST_WINS)
     assert first.quarantined == {"contradiction": 1, "empty-answer": 1, "wrong-type": 1}
     assert (first.read, first.accepted, first.known, first.rejected) == (4, 1, 0, 3)
-    again = take_all(store, raw(), *bad)
+    again = take_all(store, raw(), *bad, spec=FIRST_WINS)
     assert again.quarantined == {}
     assert (again.known, again.rejected) == (1, 3)
     assert sum(store.quarantine_counts().values()) == 3
@@ -233,8 +236,11 @@ def test_quarantined_rows_are_stored_whatever_their_bytes(store: Store) -> None:
 
 def test_the_first_answer_stays_and_another_is_a_contradiction(store: Store) -> None:
     take_all(store, raw())
-    report = take_all(store, raw(id="9", question="how do I pay?", answer="You cannot."))
+    other = raw(id="9", question="how do I pay?", answer="You cannot.")
+    report = take_all(store, other, spec=FIRST_WINS)
     assert report.quarantined == {"contradiction": 1}
+    (refused,) = store.quarantined()
+    assert "'By card.', of row '1' from s" in refused.detail
     (row,) = [row for split in Split for row in store.task_rows("billing", split)]
     assert row.answer == "By card."
 
@@ -249,9 +255,10 @@ def test_a_respelled_suite_question_never_reaches_training(store: Store) -> None
         other_answer = raw(id=f"c{number}", question=question, answer="With beads.", split="train")
         unsplit = raw(id=f"d{number}", question=question, task=f"another {number}")
         report = take_all(store, same_answer, other_task, other_answer, unsplit)
-        assert (report.accepted, report.known, report.rejected) == (1, 1, 2)
+        beads = int(number == 0)  # accepted once, into the suite
+        assert (report.accepted, report.known, report.rejected) == (1 + beads, 2 - beads, 1)
     assert store.pending([]) == store.pending_validation([]) == []
-    assert set(store.quarantine_counts()) == {"contradiction", "split-conflict"}
+    assert store.quarantine_counts() == {"split-conflict": 4}
 
 
 def test_within_one_batch_the_first_row_decides_the_split_of_its_question(store: Store) -> None:

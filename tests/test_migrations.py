@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -163,3 +164,32 @@ def test_cycles_from_before_there_were_candidates_have_their_plain_training(tmp_
         ]
         assert [(c.result, c.passed, c.note) for c in working] == [("cycles/2/train", None, None)]
         assert store.candidates(3) == []
+
+
+def test_rows_from_before_answers_could_change_are_kept_and_can_be_superseded(tmp_path: Path) -> None:
+    folder, path = tmp_path / "sql", tmp_path / "old.duckdb"
+    folder.mkdir()
+    for name in ("001_init.sql", "002_candidates.sql"):
+        shutil.copy(SQL / name, folder)
+    given = [
+        Row(id=str(n), task="t", question=f"q{n}", answer="a", created_at=NOW, split=Split.TRAIN)
+        for n in range(3)
+    ]
+    old = Database.open(path, now=NOW, migrations=folder)
+    for seq, row in enumerate(given, start=1):
+        old.script(
+            f"INSERT INTO rows VALUES ('{row.hash}', '{row.key}', '{row.question_key}', {seq}, '{row.id}', "
+            f"'t', '{row.question}', 'a', '', TIMESTAMP '{NOW}', 'train', 'inbox', TIMESTAMP '{NOW}')"
+        )
+    old.close()
+    with Store.open(path) as store:
+        assert [(row.hash, row.seq) for row in store.pending([])] == [
+            (row.hash, seq) for seq, row in enumerate(given, start=1)
+        ]
+        assert store.repeats(given, "inbox") == [True] * 3
+        late = replace(given[0], answer="too old", created_at=datetime(2025, 1, 1))
+        new = replace(given[1], answer="b", created_at=datetime(2027, 1, 1))
+        assert store.accept([late, new], "inbox").superseded == 2
+        assert [row.answer for row in store.pending([])] == ["a", "a", "b"]
+    with Store.open(path) as store:  # and so it stays
+        assert store.superseded_count() == 2

@@ -1,6 +1,7 @@
 """What the store promises: rows once, cycles along their arrows, promotions on record."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -113,15 +114,16 @@ def test_rows_without_any_time_are_stored(store: Store) -> None:
 
 
 def test_the_first_answer_stays_and_the_other_is_quarantined_with_its_reason(store: Store) -> None:
-    store.accept([row("Is it open?", "yes")], "inbox")
+    store.accept([row("Is it open?", "yes")], "inbox", on_conflict="quarantine")
     for _ in range(2):  # delivered again, it is still one line
-        result = store.accept([row("Is it open?", "no"), row("New?", "a"), row("New?", "b")], "inbox")
+        batch = [row("Is it open?", "no"), row("New?", "a"), row("New?", "b")]
+        result = store.accept(batch, "inbox", on_conflict="quarantine")
         assert result.rejected == 2
     assert [r.answer for r in store.pending([])] == ["yes", "a"]
     assert store.quarantine_counts() == {"contradiction": 2}
     assert {item.detail for item in store.quarantined()} == {
-        "the answer on record is 'yes'",
-        "the answer on record is 'a'",
+        "the answer on record is 'yes', of row 'id-Is it open?' from inbox",
+        "the answer on record is 'a', of row 'id-New?' from inbox",
     }
 
 
@@ -141,14 +143,15 @@ def test_rows_without_a_split_get_the_one_of_their_content(store: Store) -> None
     assert counts[Split.VALIDATION] > 0
 
 
-def test_what_is_on_record_can_be_looked_up(store: Store) -> None:
+def test_a_row_repeats_what_its_id_said_last_and_anything_else_is_news(store: Store) -> None:
     one, two = row("One?"), row("Two?", split=Split.SUITE)
     store.accept([one], "inbox")
-    assert store.known([one.hash, two.hash]) == {one.hash}
-    answers, splits = store.lookup_keys([one.key, two.key], [one.question_key, two.question_key])
-    assert answers == {one.key: (one.hash, "yes")}
-    assert splits == {one.question_key: Split.TRAIN}
-    assert store.lookup_keys([], []) == ({}, {})
+    again = [one, replace(one, id="other"), replace(one, created_at=START), two]
+    assert store.repeats(again[:1], "inbox") == [True]
+    assert store.repeats(again[:1], "elsewhere") == [False]
+    assert store.repeats(again[1:], "inbox") == [False, False, False]
+    assert store.repeats([one, replace(one, answer="no")], "inbox") == [False, False], "their order decides"
+    assert store.repeats([], "inbox") == []
 
 
 def test_rows_are_handed_out_in_the_order_asked_for_and_a_missing_one_is_named(store: Store) -> None:

@@ -39,7 +39,7 @@ def test_threads_may_share_the_store(store: Store) -> None:
                 batch = rows(f"shared {step}?", f"own {number} {step}?")
                 store.accept(batch, f"thread {number}")
                 store.count_attempt(cycle.id)
-                assert store.known([row.hash for row in batch]) == {row.hash for row in batch}
+                assert len(store.rows_by_hash([row.hash for row in batch])) == 2
         except BaseException as error:
             errors.append(error)
 

@@ -50,7 +50,7 @@ def test_of_each_demo_day_the_intake_takes_the_facts_and_keeps_out_the_rest(tmp_
     with Store.open(tmp_path / "store.duckdb") as store:
         for day in faq.days():
             stream.collect(path, day)
-            source = DuckDBSource(SourceSpec(path=path, columns=columns))
+            source = DuckDBSource(SourceSpec(path=path, columns=columns, on_conflict="quarantine"))
             told = intake.pull(source, store, shares=(0.1, 0.15))
             assert told.accepted == 80
             assert told.quarantined == {"empty-answer": 1, "contradiction": 1}

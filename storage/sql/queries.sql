@@ -20,45 +20,67 @@ SELECT reason, count(*) FROM quarantine GROUP BY reason ORDER BY reason;
 -- name: rows_given
 SELECT rows.* FROM rows JOIN given USING (hash);
 
--- name: hashes_given
-SELECT hash FROM rows JOIN given USING (hash);
+-- name: told_given
+SELECT rows.key, labels.id, labels.row_hash, labels.created_at
+FROM labels JOIN rows ON rows.hash = labels.row_hash
+WHERE labels.source = $source AND labels.id IN (SELECT hash FROM given)
+QUALIFY labels.seq = max(labels.seq) OVER (PARTITION BY rows.key, labels.id);
 
 -- name: answers_given
-SELECT rows.key, rows.hash, rows.answer FROM rows WHERE rows.key IN (SELECT hash FROM given);
+SELECT rows.key, rows.hash, rows.answer, rows.id, rows.source, max(labels.created_at) AS created_at,
+    rows.hash NOT IN (SELECT row_hash FROM superseded) AS counts
+FROM rows JOIN labels ON labels.row_hash = rows.hash
+WHERE rows.key IN (SELECT hash FROM given)
+GROUP BY ALL ORDER BY rows.key, min(rows.seq);
+
+-- name: put_labels
+MERGE INTO labels USING (
+    SELECT row_hash, source, id, created_at, seq + (SELECT coalesce(max(seq), 0) FROM labels) AS seq FROM given
+) AS told ON labels.row_hash = told.row_hash AND labels.source = told.source AND labels.id = told.id
+WHEN MATCHED THEN UPDATE SET created_at = greatest(labels.created_at, told.created_at), seq = told.seq
+WHEN NOT MATCHED THEN INSERT (row_hash, source, id, created_at, seq)
+    VALUES (told.row_hash, told.source, told.id, told.created_at, told.seq);
+
+-- name: insert_supersessions
+INSERT INTO supersessions
+SELECT seq + (SELECT coalesce(max(seq), 0) FROM supersessions), row_hash, by_hash, "at" FROM given;
+
+-- name: supersessions
+SELECT * FROM supersessions ORDER BY seq;
+
+-- name: superseded_given
+SELECT row_hash FROM superseded WHERE row_hash IN (SELECT hash FROM given);
+
+-- name: superseded_count
+SELECT count(*) FROM superseded;
 
 -- name: splits_given
 SELECT DISTINCT question_key, split FROM rows WHERE question_key IN (SELECT hash FROM given);
 
 -- name: row_counts
-SELECT task, split, count(*) FROM rows GROUP BY task, split ORDER BY task, split;
+SELECT task, split, count(*) FROM standing GROUP BY task, split ORDER BY task, split;
 
 -- name: task_rows
-SELECT * FROM rows WHERE task = $task AND split = $split ORDER BY seq;
+SELECT * FROM standing WHERE task = $task AND split = $split ORDER BY seq;
 
 -- name: pending
-SELECT * FROM rows
-WHERE split = $split AND hash NOT IN (
-    SELECT row_hash FROM cycle_rows
-    WHERE role = $split AND cycle_id IN (SELECT unnest($lineage::BIGINT[]))
-)
+SELECT * FROM standing
+WHERE split = $split AND hash NOT IN (SELECT hash FROM learned($split, $lineage))
 ORDER BY seq;
 
 -- name: pending_count
-SELECT count(*) FROM rows
-WHERE split = $split AND hash NOT IN (
-    SELECT row_hash FROM cycle_rows
-    WHERE role = $split AND cycle_id IN (SELECT unnest($lineage::BIGINT[]))
-);
+SELECT count(*) FROM standing
+WHERE split = $split AND hash NOT IN (SELECT hash FROM learned($split, $lineage));
 
 -- name: task_names
 SELECT DISTINCT task FROM rows ORDER BY task;
 
 -- name: answer_shape
 SELECT count(*), count(DISTINCT answer), coalesce(max(len(regexp_split_to_array(trim(answer), '\s+'))), 0)
-FROM rows WHERE task = $task AND split <> 'suite';
+FROM standing WHERE task = $task AND split <> 'suite';
 
 -- name: answers
-SELECT DISTINCT answer FROM rows WHERE task = $task AND split <> 'suite' ORDER BY answer;
+SELECT DISTINCT answer FROM standing WHERE task = $task AND split <> 'suite' ORDER BY answer;
 
 -- name: cursor
 SELECT watermark, full_scan_at, pulled_at FROM cursors WHERE source = $source;
@@ -98,7 +120,7 @@ INSERT INTO suite_rows SELECT $task, $version, hash FROM given;
 
 -- name: strangers_given
 SELECT given.hash FROM given ANTI JOIN (
-    SELECT hash FROM rows WHERE task = $task AND split = 'suite'
+    SELECT hash FROM standing WHERE task = $task AND split = 'suite'
 ) AS suite USING (hash);
 
 -- name: suite_rows
@@ -211,14 +233,20 @@ SELECT * FROM scores WHERE $cycle_id IS NULL OR cycle_id = $cycle_id ORDER BY cy
 WITH sat AS (
     SELECT DISTINCT ON (model, task) model, task, exam FROM scores
     WHERE cycle_id <= $upto ORDER BY model, task, cycle_id DESC
-), first AS (
-    SELECT task, min(version) AS version FROM suites GROUP BY task
+), kept AS (  -- rows of each newest suite version, and since which version they were in it without a gap
+    SELECT task, row_hash, min(version) AS since FROM (
+        SELECT task, suite_rows.row_hash, version FROM suite_rows JOIN suites USING (task, version)
+        WHERE suites.cycle_id <= $upto
+        QUALIFY max(version) OVER (PARTITION BY task) - version
+            = row_number() OVER (PARTITION BY task, suite_rows.row_hash ORDER BY version DESC) - 1
+    ) GROUP BY task, row_hash
+), compared AS (
+    SELECT task, row_hash FROM kept QUALIFY since = min(since) OVER (PARTITION BY task)
 )
 SELECT sat.model, sat.task, avg(predictions.score) FROM sat
-JOIN first USING (task)
-JOIN suite_rows ON suite_rows.task = sat.task AND suite_rows.version = first.version
+JOIN compared USING (task)
 JOIN predictions ON predictions.model = sat.model AND predictions.exam = sat.exam
-    AND predictions.row_hash = suite_rows.row_hash
+    AND predictions.row_hash = compared.row_hash
 GROUP BY sat.model, sat.task;
 
 -- name: is_cancelled
@@ -230,7 +258,9 @@ SELECT count(*) > 0 FROM events WHERE cycle_id = $cycle_id AND kind = 'cancel';
 INSERT INTO events SELECT coalesce(max(seq), 0) + 1, $now, $kind, $cycle_id, $detail FROM events;
 
 -- name: events
-SELECT * FROM events WHERE $cycle_id IS NULL OR cycle_id = $cycle_id ORDER BY seq DESC LIMIT $limit;
+SELECT * FROM events
+WHERE ($cycle_id IS NULL OR cycle_id = $cycle_id) AND ($kind IS NULL OR kind = $kind)
+ORDER BY seq DESC LIMIT $limit;
 
 -- name: get_meta
 SELECT value FROM meta WHERE key = $key;
