@@ -100,7 +100,7 @@ def _status_lines(told: dict[str, Any]) -> Iterable[tuple[str, Text]]:
     yield "champion", _champion_line(told["champion"])
     yield from _cycle_lines(told)
     yield "next", Text(_next_line(told))
-    yield "rows", Text(f"{told['rows']['total']:,}, of which {told['rows']['pending']:,} wait to be learned")
+    yield "rows", Text(_rows_line(told["rows"]))
     if told["quarantine"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(told["quarantine"].items()))
         yield "quarantine", Text(f"{reasons}; see `daemon quarantine`", style="yellow")
@@ -112,6 +112,11 @@ def _status_lines(told: dict[str, Any]) -> Iterable[tuple[str, Text]]:
     missing = [f"gate.{key}" for key, value in told["gate"].items() if value is None]
     if missing:
         yield "gate", Text(f"{' and '.join(missing)} not set: nothing will be promoted", style="yellow")
+
+
+def _rows_line(rows: dict[str, Any]) -> str:
+    told = f"{rows['total']:,}, of which {rows['pending']:,} wait to be learned"
+    return f"{told}; {rows['superseded']:,} more superseded by other answers" if rows["superseded"] else told
 
 
 def _daemon_line(daemon: dict[str, Any] | None) -> Text:
@@ -193,9 +198,18 @@ def metrics_line(metrics: dict[str, float]) -> str:
 
 
 def history(told: dict[str, Any]) -> None:
-    if not told["cycles"]:
+    if told["cycles"]:
+        _cycles(told)
+    else:
         out().print("no cycles yet; `daemon retrain-now` asks for one")
-        return
+    changes = _table("rows superseded", "by answers from", "when", right=("rows superseded",))
+    for change in told["superseded"]:
+        changes.add_row(f"{change['rows']:,}", line(change["source"], 100), when(change["at"]))
+    if told["superseded"]:
+        out().print(changes)
+
+
+def _cycles(told: dict[str, Any]) -> None:
     table = _table(
         "cycle", "state", "asked for by", "finished", "version", "outcome", right=("cycle", "version")
     )
@@ -270,6 +284,8 @@ def intake(told: dict[str, Any]) -> None:
         f"{told['read']:,} rows read: {told['accepted']:,} new, {told['known']:,} known, "
         f"{told['rejected']:,} not accepted"
     )
+    if told["superseded"]:
+        print(f"superseded by other answers: {told['superseded']:,}; see `daemon history`")
     if told["quarantined"]:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(told["quarantined"].items()))
         print(f"new in quarantine: {reasons}; see `daemon quarantine`")

@@ -56,25 +56,35 @@ def gather(store: Store, parent: int | None) -> Experience:
 
 
 def freeze_suites(store: Store, settings: Settings, cycle_id: int) -> None:
-    """Freezes a suite for every task that has enough held-out rows, and a new version where they grew.
+    """Freezes a suite for every task that has enough held-out rows, and a new version where they grew or
+    one of them was superseded: nobody is marked down for an answer that is right by now.
 
-    A new version keeps every row of the old one. Which rows enter a full suite depends on their
-    content alone, never on a model.
+    A new version keeps every row of the old one that still counts; the successors of the others take their
+    places. Which further rows enter a full suite depends on their content alone, never on a model.
+    Raises `IntegrityError` when the store does not have the rows of a suite.
     """
     frozen = store.latest_suites()
     limit = settings.evaluation.suite_rows
     for task in sorted(store.row_counts()):
         held_out = store.task_rows(task, Split.SUITE)
-        current = frozen.get(task)
-        if len(held_out) < settings.gate.min_suite_rows:
-            continue
-        if current is not None and not _has_grown(current.size, min(limit, len(held_out)), settings):
-            continue
-        old = store.suite_rows(task, current.version) if current else []
-        kept = {row.hash for row in old}
-        fresh = sorted((row for row in held_out if row.hash not in kept), key=lambda row: row.hash)
-        rows = sorted(old + fresh[: max(0, limit - len(old))], key=lambda row: row.hash)
-        store.freeze_suite(task, [row.hash for row in rows], snapshots.suite_hash(rows), cycle_id)
+        old = store.suite_rows(task, frozen[task].version) if task in frozen else []
+        stale = store.superseded([row.hash for row in old])
+        enough = len(held_out) >= settings.gate.min_suite_rows
+        if stale or (enough and _has_grown(len(old), min(limit, len(held_out)), settings)):
+            rows = _next_suite(old, stale, held_out, limit)
+            store.freeze_suite(task, [row.hash for row in rows], snapshots.suite_hash(rows), cycle_id)
+
+
+def _next_suite(
+    old: Sequence[StoredRow], stale: set[str], held_out: Sequence[StoredRow], limit: int
+) -> list[StoredRow]:
+    """The rows of a suite that still count, then the successors of the others, then further ones."""
+    kept = [row for row in old if row.hash not in stale]
+    examined = {row.hash for row in kept}
+    vacant = {row.key for row in old if row.hash in stale}
+    fresh = [row for row in held_out if row.hash not in examined]
+    fresh.sort(key=lambda row: (row.key not in vacant, row.hash))
+    return sorted(kept + fresh[: max(limit, len(old)) - len(kept)], key=lambda row: row.hash)
 
 
 def _has_grown(before: int, now: int, settings: Settings) -> bool:
@@ -190,10 +200,12 @@ def _auto(settings: Settings) -> dict[str, object] | None:
 
 
 def _memory(store: Store, settings: Settings, parent: int | None) -> list[StoredRow]:
-    """The rows that the parent's training remembers, when they are to be rehearsed."""
+    """The rows that the parent's training remembers, when they are to be rehearsed and still count."""
     if parent is None or not combinations.REMEMBER.intersection(strategy_spec(settings).methods):
         return []
-    return store.rows_by_hash(memory_hashes(parent_result(store, settings, parent) / "state"))
+    remembered = memory_hashes(parent_result(store, settings, parent) / "state")
+    stale = store.superseded(remembered)
+    return store.rows_by_hash([row_hash for row_hash in remembered if row_hash not in stale])
 
 
 def _probe(store: Store, settings: Settings, parent: int | None, tasks: Sequence[str]) -> list[StoredRow]:

@@ -63,10 +63,13 @@ def status(settings: Settings, store: Store | None) -> dict[str, Any]:
 
 
 def history(store: Store, limit: int) -> dict[str, Any]:
-    """The newest cycles, and every line in the history of the champion; newest first."""
+    """The newest cycles, lines in the history of the champion, and when answers changed; newest first."""
     return {
         "cycles": [plain(cycle) for cycle in store.cycles(limit)],
         "promotions": [promotion(line) for line in reversed(store.promotions())][:limit],
+        "superseded": [
+            {"at": moment(event.at), **event.detail} for event in store.events(limit, kind="superseded")
+        ],
     }
 
 
@@ -158,7 +161,10 @@ def rollback(store: Store, registry: Registry, who: str, why: str) -> dict[str, 
 def ingest(
     settings: Settings, store: Store, paths: Sequence[Path], prepare: Callable[[], PreparedBase]
 ) -> dict[str, Any]:
-    """Rows of JSONL, CSV or Parquet files into the store; bad ones into quarantine, with the reason."""
+    """Rows of JSONL, CSV or Parquet files into the store; bad ones into quarantine, with the reason.
+
+    Raises `SourceError` for a file that cannot be read.
+    """
     from daemon.pull import take_in_files
 
     for path in paths:
@@ -187,7 +193,7 @@ _NOTHING_KNOWN: dict[str, Any] = {
     "unfinished": [],
     "last": None,
     "paused": None,
-    "rows": {"total": 0, "pending": 0, "tasks": {}},
+    "rows": {"total": 0, "pending": 0, "superseded": 0, "tasks": {}},
     "quarantine": {},
 }
 
@@ -225,7 +231,7 @@ def _known(store: Store) -> dict[str, Any]:
 
 
 def _rows(store: Store) -> dict[str, Any]:
-    """Rows by task and split, and how many wait to be learned."""
+    """Rows by task and split, how many wait to be learned, and how many another answer superseded."""
     counts = store.row_counts()
     suites = store.latest_suites()
     totals: Counter[str] = Counter()
@@ -236,6 +242,7 @@ def _rows(store: Store) -> dict[str, Any]:
     return {
         "total": sum(totals.values()),
         "pending": store.pending_count(lineage),
+        "superseded": store.superseded_count(),
         "tasks": {
             task: {
                 **{split.value: splits.get(split, 0) for split in Split},

@@ -60,6 +60,7 @@ def source_spec(settings: Settings) -> sources.SourceSpec:
         table=given.table,
         columns=sources.Columns(**given.columns.model_dump()),
         default_task=given.default_task,
+        on_conflict=given.on_conflict,
         overlap=timedelta(hours=given.overlap_hours),
         full_scan_every=timedelta(days=given.full_scan_days),
         batch_rows=given.batch_rows,

@@ -32,6 +32,7 @@ from pydantic_settings import (
 )
 
 from storage.reach import known_scheme
+from storage.records import OnConflict
 from strategies import combinations
 from strategies.contract import StrategySpec
 
@@ -245,6 +246,11 @@ class Source(Section):
     path: File | None = Field(None, description="DuckDB file. Unset: rows come by `daemon ingest` only.")
     table: str = Field("qa", min_length=1, description="Table or view, with its schema if any.")
     default_task: str = Field("general", min_length=1, description="Task of rows without one.")
+    on_conflict: OnConflict = Field(
+        "newest",
+        description="A question gets another answer, here or by `daemon ingest`: the newest label counts, "
+        "or the later row goes into quarantine, or both are learned.",
+    )
     overlap_hours: float = Field(
         48,
         ge=0,

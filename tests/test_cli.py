@@ -14,6 +14,7 @@ from daemon import access, config, console, operations, statedir, unit
 from daemon.cli import EXIT_CODES
 from storage.errors import ConfigError, StoreBusy
 from storage.records import State
+from storage.rows import Row, Split
 from storage.store import Store
 from tests.bots import write_config
 from tests.daemons import ROOT, cli, read_json
@@ -129,7 +130,7 @@ def test_status_works_before_anything_was_ever_done(path: Path) -> None:
     told = read_json(cli(path, "status", "--json"))
     assert told["daemon"] is None
     assert told["champion"] is None
-    assert told["rows"] == {"total": 0, "pending": 0, "tasks": {}}
+    assert told["rows"] == {"total": 0, "pending": 0, "superseded": 0, "tasks": {}}
     assert not config.load(path).store_path.exists(), "looking makes nothing"
     assert "not running" in cli(path, "status").stdout
 
@@ -155,6 +156,20 @@ def test_history_shows_how_cycles_ended(path: Path) -> None:
     assert "nothing-to-do" in cli(path, "show", str(cycle.id)).stdout
 
 
+def test_history_and_status_tell_of_answers_that_changed(path: Path) -> None:
+    with Store.open(config.load(path).store_path) as store:
+        for answer in ("nine", "ten"):
+            store.accept(
+                [Row(id=answer, task="t", question="When?", answer=answer, split=Split.TRAIN)], "file:a"
+            )
+    assert "rows superseded" in cli(path, "history").stdout
+    (change,) = read_json(cli(path, "history", "--json"))["superseded"]
+    assert (change["rows"], change["source"]) == (1, "file:a")
+    assert (
+        "1, of which 1 wait to be learned; 1 more superseded by other answers" in cli(path, "status").stdout
+    )
+
+
 @pytest.mark.acceptance
 def test_files_go_in_and_bad_rows_are_named(tmp_path: Path, base: Path) -> None:
     path = write_config(tmp_path, base, source__columns__split="")
@@ -170,6 +185,8 @@ def test_files_go_in_and_bad_rows_are_named(tmp_path: Path, base: Path) -> None:
     assert (told["read"], told["accepted"], told["known"], told["rejected"]) == (3, 1, 0, 2)
     again = cli(path, "ingest", str(file))
     assert "3 rows read: 0 new, 1 known, 2 not accepted" in again.stdout
+    file.write_text(json.dumps({**rows[0], "answer": "a better bot"}))
+    assert "superseded by other answers: 1" in cli(path, "ingest", str(file)).stdout
     listed = cli(path, "quarantine")
     assert "empty-question" in listed.stdout
     assert "\u001b" not in listed.stdout, "what a user wrote never reaches the terminal as a command"

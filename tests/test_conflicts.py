@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from storage.errors import IntegrityError
 from storage.intake import IntakeReport, pull, take
-from storage.records import OnConflict, StoredRow, Supersession
+from storage.records import OnConflict, Prediction, Score, StoredRow, Supersession
 from storage.rows import Row, Split
 from storage.sources import Columns, DuckDBSource, RawRow, SourceSpec
 from storage.store import Store
@@ -236,6 +236,33 @@ def test_a_superseded_row_can_be_frozen_into_no_suite_but_stays_in_the_old_one(s
     with pytest.raises(IntegrityError, match="is not a suite row of it that counts"):
         store.freeze_suite("shop", [old.hash], "h2", 2)
     assert store.freeze_suite("shop", [new.hash], "h2", 2).version == 2
+
+
+def test_models_are_compared_on_what_every_version_has_had_and_anew_when_nothing_of_that_is_left(
+    store: Store,
+) -> None:
+    rows = [row("nine", question=f"{n}?", split=Split.SUITE).hash for n in range(3)]
+    tell(store, *(row("nine", question=f"{n}?", split=Split.SUITE) for n in range(3)))
+    for cycle, asked in enumerate([rows[:2], rows[1:], [rows[0], rows[2]]], start=1):
+        store.freeze_suite("shop", asked, f"h{cycle}", cycle)
+        sit(store, cycle, {row_hash: cycle + rows.index(row_hash) / 10 for row_hash in asked})
+    assert store.comparable_scores(1) == {("m1", "shop"): pytest.approx(1.05)}
+    assert store.comparable_scores(2) == {("m1", "shop"): 1.1, ("m2", "shop"): 2.1}
+    assert store.comparable_scores(3) == {("m2", "shop"): 2.2, ("m3", "shop"): 3.2}
+
+
+def sit(store: Store, cycle: int, scores: dict[str, float]) -> None:
+    """A model of the cycle's number sits the exam of that number."""
+    answers = [
+        Prediction(row_hash=row_hash, prediction="", exact_match=0, token_f1=0, score=score)
+        for row_hash, score in scores.items()
+    ]
+    store.put_predictions(f"m{cycle}", f"e{cycle}", answers)
+    made = Score(
+        cycle_id=cycle, label="candidate", task="shop", version=cycle, model=f"m{cycle}", exam=f"e{cycle}",
+        metric="token_f1", score=0, size=len(answers),
+    )  # fmt: skip
+    store.put_scores([made])
 
 
 # -- quarantine, both, and from one to the other ------------------------------------------------------

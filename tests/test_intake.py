@@ -296,13 +296,13 @@ def test_tokens_are_counted_only_for_rows_that_are_new(store: Store) -> None:
 
 
 def test_reports_add_up() -> None:
-    one = IntakeReport(read=3, accepted=1, known=1, rejected=1, quarantined={"too-long": 1})
-    other = IntakeReport(read=2, rejected=2, quarantined={"empty-answer": 1, "too-long": 1})
+    one = IntakeReport(read=3, accepted=1, known=1, rejected=1, superseded=2, quarantined={"too-long": 1})
+    other = IntakeReport(read=2, rejected=2, superseded=1, quarantined={"empty-answer": 1, "too-long": 1})
     total = one + other
     assert total == IntakeReport(
-        read=5, accepted=1, known=1, rejected=3, quarantined={"empty-answer": 1, "too-long": 2}
+        read=5, accepted=1, known=1, rejected=3, superseded=3, quarantined={"empty-answer": 1, "too-long": 2}
     )
-    assert str(total) == "5 read, 1 new, 1 known, 3 quarantined (1 empty-answer, 2 too-long)"
+    assert str(total) == "5 read, 1 new, 1 known, 3 superseded, 3 quarantined (1 empty-answer, 2 too-long)"
 
 
 # -- from files ------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ MARK = ".holdfast-demo"  # only folders with this file in them are ever deleted
 # Small numbers for a small FAQ: 48 rows a day, each seen five times, with as many old ones among them.
 SETTINGS: dict[str, Any] = {
     "bot.name": "quillmoor",
+    "source.on_conflict": "quarantine",  # each day has a row that is wrong, and newer
     "training.epochs": 5,
     "training.learning_rate": 1e-3,
     "training.patience": 0,
