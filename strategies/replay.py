@@ -40,11 +40,7 @@ class Rehearsal(Method):
         remembered = len(self.memory)
         self.memory = self.memory.only(self.on_offer)
         if gone := remembered - len(self.memory):
-            self.notes.append(f"{gone} remembered rows are no longer in the store and were forgotten")
-        stale = superseded(list(self.on_offer.values()), strategy.experience.new)
-        if stale:
-            self.memory = self.memory.only(self.on_offer.keys() - stale)
-            self.notes.append(f"{len(stale)} remembered rows have a newer answer and were forgotten")
+            self.notes.append(f"{gone} remembered rows are superseded or erased, and were forgotten")
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """The new rows become past ones."""
@@ -82,18 +78,6 @@ def seen(example: Example) -> Seen:
     """An example as the memory takes it in."""
     answer = hashlib.sha256(repr(example.answer_ids).encode()).hexdigest()[:8]
     return Seen(hash=example.row_hash, task=example.task, answer=answer)
-
-
-def superseded(memory: Sequence[Example], new: Sequence[Example]) -> set[str]:
-    """Hashes of the remembered rows whose very question has another answer now: the newest label wins."""
-    now: dict[tuple[str, tuple[int, ...]], set[tuple[int, ...]]] = {}
-    for example in new:
-        now.setdefault((example.task, example.prompt_ids), set()).add(example.answer_ids)
-    return {
-        old.row_hash
-        for old in memory
-        if old.answer_ids not in now.get((old.task, old.prompt_ids), {old.answer_ids})
-    }
 
 
 @torch.no_grad()

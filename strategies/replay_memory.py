@@ -85,7 +85,7 @@ class Memory:
         return sum(len(rows) for rows in self.tasks.values())
 
     def only(self, known: Collection[str]) -> "Memory":
-        """Without rows that exist no more."""
+        """Without rows that are not offered any more."""
         left = {
             task: {row: trace for row, trace in rows.items() if row in known}
             for task, rows in self.tasks.items()

@@ -144,6 +144,8 @@ def test_under_both_two_answers_are_trained_on_and_rehearsed(bot: Bot, base: Pat
     assert both.run().state is State.PROMOTED
     assert len(part(both, 2, "train")) == 16
     assert len(part(both, 2, "memory")) == remembered
+    assert set(both.store.cycle_rows(2, "replay")) <= set(both.store.cycle_rows(1, "train"))
+    assert both.store.cycle_rows(2, "replay"), "the other answer is rehearsed"
     assert both.run().state is State.NOTHING
     both.store.close()
 

@@ -63,7 +63,7 @@ def test_rows_that_were_erased_are_not_learned_again(base: Path, home: Path, tmp
     data = snapshot(tmp_path / "2", NEW, memory=OLD[:7])
     report = run(job(base, data, tmp_path / "two", home / "one", strategy=JOINT))
     assert report.replay_rows == 7
-    assert "3 remembered rows are no longer in the store and were forgotten" in report.notes
+    assert "3 remembered rows are superseded or erased, and were forgotten" in report.notes
     assert set(remembered(tmp_path / "two")) == {row.hash for row in [*OLD[:7], *NEW]}
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from storage.errors import IntegrityError
 from storage.parquet import SnapshotRow
 from strategies import replay_memory
-from strategies.batches import Example, encode
+from strategies.batches import encode
 from strategies.contract import StrategySpec, result_files
 from strategies.model import load_base
-from strategies.replay import seen, superseded
+from strategies.replay import seen
 from strategies.replay_memory import FILE, Memory, Room, Seen, Spacing, Trace, memory_hashes, priority
 from strategies.replay_policies import (
     FORGOTTEN,
@@ -185,21 +185,6 @@ def test_rows_that_are_gone_were_not_seen() -> None:
     assert memory.only(memory.hashes[:7]).seen == 7
 
 
-def test_the_newest_answer_to_the_same_question_wins() -> None:
-    def example(name: str, question: int, answer: int, task: str = "t") -> Example:
-        return Example(row_hash=name, task=task, prompt_ids=(question,), answer_ids=(answer,))
-
-    old = [
-        example("changed", 1, 5),
-        example("same", 2, 5),
-        example("other task", 1, 5, "u"),
-        example("o", 3, 5),
-    ]
-    assert superseded(old, [example("n1", 1, 6), example("n2", 2, 5), example("n3", 4, 5)]) == {"changed"}
-    both = [example("n1", 1, 5), example("n2", 1, 6)]  # the new rows do not agree among themselves
-    assert superseded(old, both) == set()
-
-
 @pytest.mark.parametrize("policy", ["hardest", "spaced"])
 def test_policies_that_ask_what_was_forgotten_measure_it(base: Path, tmp_path: Path, policy: str) -> None:
     spec = replace(REPLAY, replay_policy=policy)
@@ -219,17 +204,6 @@ def test_policies_that_ask_what_was_forgotten_measure_it(base: Path, tmp_path: P
         assert trace.latest not in (None, trace.learned)
     assert all(trace.learned == trace.latest for trace in second.tasks["b"].values())
     assert set(second.spacing) == {"a", "b"}
-
-
-def test_remembered_rows_with_a_newer_answer_are_not_rehearsed(base: Path, tmp_path: Path) -> None:
-    old = lesson("a", 10)
-    run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=REPLAY))
-    new = [replace(row, hash=f"new {row.hash}", answer="another colour") for row in old[:3]]
-    offered = snapshot(tmp_path / "2", new, memory=old)
-    report = run(job(base, offered, tmp_path / "two", tmp_path / "one", strategy=REPLAY))
-    assert "3 remembered rows have a newer answer and were forgotten" in report.notes
-    assert not {row.hash for row in old[:3]} & set(report.rehearsed)
-    assert {row.hash for row in new} <= set(memory_hashes(result_files(tmp_path / "two")["state"]))
 
 
 def test_a_row_that_is_seen_again_is_remembered_once() -> None:
@@ -353,5 +327,5 @@ def test_rows_that_were_erased_are_forgotten_and_that_is_said(base: Path, tmp_pa
     run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=REPLAY))
     offered = snapshot(tmp_path / "2", lesson("b", 4), memory=old[:7])
     report = run(job(base, offered, tmp_path / "two", tmp_path / "one", strategy=REPLAY))
-    assert "3 remembered rows are no longer in the store and were forgotten" in report.notes
+    assert "3 remembered rows are superseded or erased, and were forgotten" in report.notes
     assert report.memory_rows == 7 + 4
