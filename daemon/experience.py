@@ -10,7 +10,7 @@ from pathlib import Path
 
 from daemon.settings import Settings
 from storage import snapshots
-from storage.records import Cycle, StoredRow, TaskRecord
+from storage.records import Cycle, StoredRow, Suite, TaskRecord
 from storage.rows import Split
 from storage.snapshots import Snapshot
 from storage.store import Store
@@ -64,15 +64,20 @@ def freeze_suites(store: Store, settings: Settings, cycle_id: int) -> None:
     Raises `IntegrityError` when the store does not have the rows of a suite.
     """
     frozen = store.latest_suites()
-    limit = settings.evaluation.suite_rows
     for task in sorted(store.row_counts()):
-        held_out = store.task_rows(task, Split.SUITE)
-        old = store.suite_rows(task, frozen[task].version) if task in frozen else []
-        stale = store.superseded([row.hash for row in old])
-        enough = len(held_out) >= settings.gate.min_suite_rows
-        if stale or (enough and _has_grown(len(old), min(limit, len(held_out)), settings)):
-            rows = _next_suite(old, stale, held_out, limit)
-            store.freeze_suite(task, [row.hash for row in rows], snapshots.suite_hash(rows), cycle_id)
+        with store.transaction():  # an ingest that supersedes one of the rows comes before this or after it
+            _freeze_suite(store, settings, task, frozen.get(task), cycle_id)
+
+
+def _freeze_suite(store: Store, settings: Settings, task: str, current: Suite | None, cycle_id: int) -> None:
+    limit = settings.evaluation.suite_rows
+    held_out = store.task_rows(task, Split.SUITE)
+    old = store.suite_rows(task, current.version) if current else []
+    stale = store.superseded([row.hash for row in old])
+    enough = len(held_out) >= settings.gate.min_suite_rows
+    if stale or (enough and _has_grown(len(old), min(limit, len(held_out)), settings)):
+        rows = _next_suite(old, stale, held_out, limit)
+        store.freeze_suite(task, [row.hash for row in rows], snapshots.suite_hash(rows), cycle_id)
 
 
 def _next_suite(
