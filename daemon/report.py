@@ -23,7 +23,7 @@ class Matrix(Record):
 
     Rows are the base and the model versions in the champion's lineage, columns the tasks in the order
     they were first learned. `learned_at[j]` is the row in which task j was first trained on, or None.
-    A column is measured on the rows of the task's first suite version, whatever was added since.
+    A column is measured on the rows of the task's first suite version that were in every one since.
     """
 
     tasks: tuple[str, ...]
