@@ -1,7 +1,8 @@
 """The connection under the store: open, migrate, named queries, transactions, and errors in words.
 
-Knows DuckDB and nothing of what the tables mean; only `storage.store` may use it. One connection is
-shared by all threads under one lock, and a transaction holds the lock from begin to commit.
+Knows DuckDB and nothing of what the tables mean; only `storage.store`, with its part `storage.row_store`,
+may use it. One connection is shared by all threads under one lock, and a transaction holds the lock from
+begin to commit.
 """
 
 import os

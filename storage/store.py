@@ -1,58 +1,45 @@
 """The daemon's own memory: rows, tasks, suites, cycles, models, verdicts, promotions, scores, events.
 
 The only module that opens the daemon's DuckDB (through `storage.database`); its SQL is in
-`storage/sql/`. Every method that changes something is one transaction, so that a crash at any moment
-leaves either all of it or nothing. It keeps the rules that must never break, whoever calls: a row
-once and in one split, a cycle along its arrows, no gate promotion without a passing verdict.
+`storage/sql/`, and what it does with labeled rows in `storage.row_store`. Every method that changes
+something is one transaction, so that a crash at any moment leaves either all of it or nothing. It keeps
+the rules that must never break, whoever calls: a row once and in one split, a cycle along its arrows, no
+gate promotion without a passing verdict.
 """
 
 import json
 import uuid
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from storage import bulk
-from storage.acceptance import OnRecord, repeats, sort_out, spelled_alike
 from storage.database import Database
 from storage.errors import IntegrityError, StoreError
 from storage.records import (
     TRANSITIONS,
-    Acceptance,
     Candidate,
     Clock,
-    Cursor,
     Cycle,
-    Event,
     ModelVersion,
-    OnConflict,
     Prediction,
     Promotion,
-    Rejected,
     Score,
     State,
     StoredRow,
     Suite,
-    Supersession,
     TaskRecord,
     utcnow,
 )
-from storage.rows import Row, Split
+from storage.row_store import RowStore
 
 _ID = "store_id"  # the key in meta
 
 
-class Store:
+class Store(RowStore):
     """The store of one bot. Safe to call from several threads; held by one process at a time."""
-
-    def __init__(self, database: Database, clock: Clock) -> None:
-        self._db = database
-        self.clock = clock
 
     @classmethod
     def open(cls, path: str | Path, *, clock: Clock = utcnow, read_only: bool = False) -> Self:
@@ -73,10 +60,6 @@ class Store:
         """What tells this store from every other one: numbers of cycles begin at 1 in each."""
         return self.get_meta(_ID) or ""
 
-    def transaction(self) -> AbstractContextManager[None]:
-        """Several changes as one; nothing comes in between."""
-        return self._db.transaction()
-
     def __enter__(self) -> Self:
         return self
 
@@ -84,151 +67,6 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # -- rows ------------------------------------------------------------------------------------
-
-    def accept(
-        self,
-        rows: Sequence[Row],
-        source: str,
-        *,
-        shares: tuple[float, float] | None = None,
-        on_conflict: OnConflict = "newest",
-    ) -> Acceptance:
-        """Store the rows that are new; count the ones known; quarantine the ones that cannot be.
-
-        A row without a split takes the split that its question has already, under any task; a new
-        question takes the split that its content gives with `shares` (validation, suite). Another answer
-        to a question takes its split in any case, and `on_conflict` says which of the answers count: the
-        newest label, only the first (the row is quarantined), or both. What is superseded stays stored.
-        Raises `StoreError` when the store cannot be used.
-        """
-        with self._db.transaction():
-            rows = spelled_alike(rows, [name for (name,) in self._db.rows("task_names")])
-            keyed = [(row, row.hash, row.key, row.question_key) for row in rows]
-            found = sort_out(
-                keyed, record=self._on_record(keyed, source), shares=shares, source=source,
-                on_conflict=on_conflict, seq=int(self._db.value("last_row")), now=self.clock(),
-            )  # fmt: skip
-            if found.fresh:
-                self._db.rows("insert_rows", bulk.table(bulk.ROWS, found.fresh))
-            if found.labels:
-                self._db.rows("put_labels", bulk.table(bulk.LABELS, found.labels))
-            superseded = self._supersede(found.supersessions, source)
-            self.quarantine(found.rejected)
-        accepted, rejected = len(found.fresh), len(found.rejected)
-        known = len(rows) - accepted - rejected
-        return Acceptance(accepted=accepted, known=known, rejected=rejected, superseded=superseded)
-
-    def _supersede(self, moves: Sequence[Supersession], source: str) -> int:
-        """Puts them on record; how many rows lost their place."""
-        if moves:
-            self._db.rows("insert_supersessions", bulk.table(bulk.SUPERSESSIONS, moves))
-        lost = sum(move.by_hash is not None for move in moves)
-        if lost:
-            self.event("superseded", rows=lost, source=source)
-        return lost
-
-    def supersessions(self) -> list[Supersession]:
-        """Which row lost its place to which, or has it back, and when; oldest first."""
-        return self._db.all(Supersession, "supersessions")
-
-    def superseded(self, hashes: Sequence[str]) -> set[str]:
-        """Those of the rows that another answer has superseded."""
-        return {row[0] for row in self._db.rows("superseded_given", bulk.column(hashes))}
-
-    def superseded_count(self) -> int:
-        return int(self._db.value("superseded_count"))
-
-    def quarantine(self, items: Sequence[Rejected]) -> int:
-        """Keep what was not accepted; how many of them are new."""
-        if not items:
-            return 0
-        distinct = list({item.hash: item for item in items}.values())
-        with self._db.transaction():
-            return int(self._db.rows("insert_quarantine", bulk.table(bulk.QUARANTINE, distinct))[0][0])
-
-    def quarantined(self, limit: int = 100, reason: str | None = None) -> list[Rejected]:
-        return self._db.all(Rejected, "quarantined", limit=limit, reason=reason)
-
-    def quarantine_counts(self) -> dict[str, int]:
-        return dict(self._db.rows("quarantine_counts"))
-
-    def repeats(self, rows: Sequence[Row], source: str) -> list[bool]:
-        """Of each row of a source, whether it only says again what its id said last: nothing to accept."""
-        return repeats(rows, {(row_hash, row_id): at for _, row_id, row_hash, at in self._told(rows, source)})
-
-    def _on_record(self, rows: Sequence[tuple[Row, str, str, str]], source: str) -> OnRecord:
-        """What is known of rows of a source, given with their hash, key and question key."""
-        found = self._db.all(bulk.keyed_answer, "answers_given", bulk.column([row[2] for row in rows]))
-        splits = self._db.rows("splits_given", bulk.column([row[3] for row in rows]))
-        told = self._told([row[0] for row in rows], source)
-        return OnRecord(
-            answers={key: [answer for k, answer in group] for key, group in groupby(found, itemgetter(0))},
-            splits={key: Split(split) for key, split in splits},
-            told={(key, row_id): (row_hash, at) for key, row_id, row_hash, at in told},
-        )
-
-    def _told(self, rows: Sequence[Row], source: str) -> list[tuple[Any, ...]]:
-        """(key, id, hash, time): what the source's rows with the ids of these said last."""
-        return self._db.rows("told_given", bulk.column([row.id for row in rows]), source=source)
-
-    def rows_by_hash(self, hashes: Sequence[str]) -> list[StoredRow]:
-        """The rows in the order of the hashes; all of them must be there."""
-        found = {row.hash: row for row in self._db.all(bulk.row, "rows_given", bulk.column(hashes))}
-        missing = [row_hash for row_hash in hashes if row_hash not in found]
-        if missing:
-            raise IntegrityError(
-                f"{len(missing)} row(s) are not in the store {self._db.path}, first {missing[0]}; was the "
-                "store replaced by an older one? `daemon doctor` compares it with the state directory"
-            )
-        return [found[row_hash] for row_hash in hashes]
-
-    def row_counts(self) -> dict[str, dict[Split, int]]:
-        """Rows by task and split, without superseded ones."""
-        counts: dict[str, dict[Split, int]] = {}
-        for task, split, count in self._db.rows("row_counts"):
-            counts.setdefault(task, {})[Split(split)] = count
-        return counts
-
-    def answer_shape(self, task: str) -> tuple[int, int, int]:
-        """Of the task's answers outside the suite: how many, how many different, words of the longest."""
-        rows, distinct, words = self._db.rows("answer_shape", task=task)[0]
-        return rows, distinct, words
-
-    def answers(self, task: str) -> list[str]:
-        """The task's different answers outside the suite, sorted."""
-        return [row[0] for row in self._db.rows("answers", task=task)]
-
-    def task_rows(self, task: str, split: Split) -> list[StoredRow]:
-        """The rows of a task in a split, without superseded ones, in order of acceptance."""
-        return self._db.all(bulk.row, "task_rows", task=task, split=split)
-
-    def pending(self, lineage: Sequence[int]) -> list[StoredRow]:
-        """Training rows that no cycle of the lineage has trained on, in order of acceptance.
-
-        Without superseded ones; but a row that counts again after the lineage has learned another answer is
-        pending once more.
-        """
-        return self._db.all(bulk.row, "pending", split=Split.TRAIN, lineage=list(lineage))
-
-    def pending_count(self, lineage: Sequence[int]) -> int:
-        """How many training rows `pending` would give."""
-        return int(self._db.value("pending_count", split=Split.TRAIN, lineage=list(lineage)))
-
-    def pending_validation(self, lineage: Sequence[int]) -> list[StoredRow]:
-        """Validation rows that no cycle of the lineage has watched, in order of acceptance."""
-        return self._db.all(bulk.row, "pending", split=Split.VALIDATION, lineage=list(lineage))
-
-    def cursor(self, source: str) -> Cursor | None:
-        return self._db.one(Cursor, "cursor", source=source)
-
-    def save_cursor(self, source: str, cursor: Cursor) -> None:
-        with self._db.transaction():
-            self._db.rows(
-                "save_cursor", source=source, watermark=cursor.watermark,
-                full_scan_at=cursor.full_scan_at, pulled_at=cursor.pulled_at,
-            )  # fmt: skip
 
     # -- tasks and suites ------------------------------------------------------------------------
 
@@ -253,11 +91,7 @@ class Store:
             given = bulk.column(hashes)
             strangers = self._db.rows("strangers_given", given, task=task)
             if strangers or not hashes:
-                what = (
-                    f"row {strangers[0][0]} is not a suite row of it that counts"
-                    if strangers
-                    else "it has no rows"
-                )
+                what = f"row {strangers[0][0]} is no suite row that counts" if strangers else "it has no rows"
                 raise IntegrityError(f"the suite of {task!r} was not frozen: {what}; see `daemon doctor`")
             suite = Suite(
                 task=task, version=latest.version + 1 if latest else 1, hash=suite_hash,
@@ -508,17 +342,7 @@ class Store:
         """
         return {(model, task): mean for model, task, mean in self._db.rows("comparable_scores", upto=upto)}
 
-    # -- events and meta -------------------------------------------------------------------------
-
-    def event(self, kind: str, cycle_id: int | None = None, **detail: Any) -> None:
-        """Note something that happened. Details are JSON values; others are written as text."""
-        with self._db.transaction():
-            text = json.dumps(detail, default=str, ensure_ascii=False)
-            self._db.rows("insert_event", now=self.clock(), kind=str(kind), cycle_id=cycle_id, detail=text)
-
-    def events(self, limit: int = 200, cycle_id: int | None = None, kind: str | None = None) -> list[Event]:
-        """The newest events, newest first."""
-        return self._db.all(bulk.event, "events", limit=limit, cycle_id=cycle_id, kind=kind)
+    # -- meta -------------------------------------------------------------------------
 
     def get_meta(self, key: str) -> str | None:
         value = self._db.value("get_meta", key=key)

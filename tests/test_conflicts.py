@@ -233,7 +233,7 @@ def test_a_superseded_row_can_be_frozen_into_no_suite_but_stays_in_the_old_one(s
     store.freeze_suite("shop", [old.hash], "h1", 1)
     tell(store, new)
     assert [found.answer for found in store.suite_rows("shop", 1)] == ["nine"]
-    with pytest.raises(IntegrityError, match="is not a suite row of it that counts"):
+    with pytest.raises(IntegrityError, match="is no suite row that counts"):
         store.freeze_suite("shop", [old.hash], "h2", 2)
     assert store.freeze_suite("shop", [new.hash], "h2", 2).version == 2
 

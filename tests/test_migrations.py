@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
 
 def test_every_query_has_a_name_of_its_own_and_is_used() -> None:
     assert load_queries(SQL / "queries.sql") == QUERIES
-    source = (SQL.parent / "store.py").read_text()
+    source = "".join((SQL.parent / name).read_text() for name in ("store.py", "row_store.py"))
     unused = [name for name in QUERIES if f'"{name}"' not in source]
     assert unused == []
 
