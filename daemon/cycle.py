@@ -223,7 +223,7 @@ class CycleRunner:
         candidates = self.store.candidates(cycle.id)
         verdict = None
         if candidates[-1].note is None:
-            evidence = examination.evidence(self.store, cycle, meta["new_tasks"])
+            evidence = examination.evidence(self.store, self.store.scores(cycle.id), meta["new_tasks"])
             verdict = gate.judge(evidence, gate.Thresholds.from_dict(meta["gate"]))
             candidates[-1] = replace(candidates[-1], passed=verdict.passed, verdict=verdict.to_json())
         strategy = StrategySpec.from_dict(meta["strategy"])

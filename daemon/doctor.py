@@ -7,7 +7,6 @@ process, because its import is slow and may fail hard.
 import json
 import os
 import shutil
-import stat
 import subprocess
 import sys
 import tomllib
@@ -114,7 +113,7 @@ def state_dir(settings: Settings) -> Check:
         return warn("state", f"{path} does not exist yet; `daemon run` makes it", "daemon run")
     found = path.stat()
     owner = account(found.st_uid)
-    if stat.S_IMODE(found.st_mode) & 0o077:
+    if statedir.is_open_to_others(path):
         return fail("state", f"{path} is open to other accounts", f"chmod 700 {path}")
     if os.geteuid() not in (0, found.st_uid):
         return fail("state", f"{path} belongs to {owner}, not to you", f"sudo -u {owner} daemon doctor")

@@ -7,7 +7,7 @@ predictions, so every number can be recomputed.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,30 +92,51 @@ def plan(
     store: Store, settings: Settings, cycle: Cycle, snapshot: Snapshot, result: Path, out: Path
 ) -> Session:
     """Everything that base, champion and the candidate in `result` must answer and have not answered yet."""
-    suites = {entry["task"]: entry for entry in snapshot.info["suites"]}
     adapters: dict[str, Path | None] = {"base": None}
     if cycle.parent is not None:
         adapters["champion"] = experience.parent_result(store, settings, cycle.parent) / "adapter"
     adapters["candidate"] = result / "adapter"
-    papers = {
-        task: Paper(version=entry["version"], hash=entry["hash"], path=snapshot.path / entry["file"])
-        for task, entry in suites.items()
-    }
-    return _session(store, settings, snapshot, papers, adapters, out)
+    return _session(store, settings, snapshot, _suite_papers(snapshot), adapters, out)
 
 
 def probe(
     store: Store, settings: Settings, snapshot: Snapshot, adapters: Mapping[str, Path], out: Path
 ) -> Session:
     """What these adapters must answer to be chosen by: the snapshot's validation rows, and nothing else."""
+    return _session(store, settings, snapshot, _probe_papers(snapshot), adapters, out)
+
+
+def exams(snapshot: Snapshot) -> tuple[Exam, ...]:
+    """One a suite: what the gate's evidence comes from."""
+    return _exams(snapshot, _suite_papers(snapshot))
+
+
+def probe_exams(snapshot: Snapshot) -> tuple[Exam, ...]:
+    """The same on validation rows, by which candidates are chosen. Snapshots from before that have none."""
+    return _exams(snapshot, _probe_papers(snapshot)) if "probe" in snapshot.info["counts"] else ()
+
+
+def _suite_papers(snapshot: Snapshot) -> dict[str, Paper]:
+    return {
+        entry["task"]: Paper(version=entry["version"], hash=entry["hash"], path=snapshot.path / entry["file"])
+        for entry in snapshot.info["suites"]
+    }
+
+
+def _probe_papers(snapshot: Snapshot) -> dict[str, Paper]:
     rows: dict[str, list[SnapshotRow]] = {}
     for row in snapshot.rows("probe"):
         rows.setdefault(row.task, []).append(row)
-    papers = {
+    return {
         task: Paper(version=0, hash=snapshots.suite_hash(found), path=snapshot.path / "probe.parquet")
         for task, found in rows.items()
     }
-    return _session(store, settings, snapshot, papers, adapters, out)
+
+
+def _exams(snapshot: Snapshot, papers: Mapping[str, Paper]) -> tuple[Exam, ...]:
+    spec = specs(snapshot)
+    tasks = [Task.from_dict(task) for task in snapshot.info["tasks"] if task["name"] in papers]
+    return tuple(_exam(task, papers[task.name], spec.model, spec.max_new_tokens) for task in tasks)
 
 
 def _session(
@@ -127,8 +148,7 @@ def _session(
     out: Path,
 ) -> Session:
     spec = specs(snapshot)
-    tasks = [Task.from_dict(task) for task in snapshot.info["tasks"] if task["name"] in papers]
-    exams = tuple(_exam(task, papers[task.name], spec.model, spec.max_new_tokens) for task in tasks)
+    exams = _exams(snapshot, papers)
     models = {label: model_key(path, spec.model.fingerprint) for label, path in adapters.items()}
     job = EvaluateJob(
         out=str(out),
@@ -189,13 +209,13 @@ def _mean(store: Store, model: str, exam: Exam) -> tuple[float, int]:
     return sum(values) / len(values), len(values)
 
 
-def evidence(store: Store, cycle: Cycle, new_tasks: Sequence[str]) -> list[SuiteScores]:
-    """Per-row scores of the three models on every suite, for the gate.
+def evidence(store: Store, cells: Iterable[Score], new_tasks: Sequence[str]) -> list[SuiteScores]:
+    """Per-row scores of the three models on every suite that one cycle's scores name, for the gate.
 
     A new task without a suite is there with no rows at all, so that the verdict says so.
     """
     found: dict[str, dict[str, Score]] = {}
-    for score in store.scores(cycle.id):
+    for score in cells:
         found.setdefault(score.task, {})[score.label] = score
     suites = [_suite_scores(store, task, labels, task in new_tasks) for task, labels in sorted(found.items())]
     missing = [task for task in new_tasks if task not in found]

@@ -47,7 +47,7 @@ def rollback(store: Store, registry: Registry, who: str, why: str) -> Promotion:
     The next cycle continues from that version's adapter, memory and Fisher information. Rolling back
     the first champion leaves the bare base. Raises `ControlError` when there is nothing to go back to.
     """
-    stack = _champions(store.promotions())
+    stack = champions(store.promotions())
     if not stack:
         raise ControlError("there is no champion to roll back; see `daemon history`")
     before = stack[-2] if len(stack) > 1 else None
@@ -73,7 +73,7 @@ def repair_alias(store: Store, registry: Registry) -> None:
             registry.delete_alias(CHALLENGER)
 
 
-def _champions(lines: Sequence[Promotion]) -> list[int]:
+def champions(lines: Sequence[Promotion]) -> list[int]:
     """Champions that a rollback can return to, the present one last: each rollback undoes one promotion."""
     stack: list[int] = []
     for line in lines:

@@ -36,12 +36,17 @@ def prepare(path: Path) -> None:
         mode = path.stat().st_mode
         if mode & 0o022:
             raise ConfigError(f"{path} can be written by other accounts; `chmod 700 {path}`")
-        if mode & 0o077:
+        if is_open_to_others(path):
             path.chmod(0o700)
     except OSError as error:
         raise ConfigError(f"bot.state_dir = {str(path)!r} cannot be used: {error}") from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise ConfigError(f"bot.state_dir = {str(path)!r} cannot be written by this account; try with sudo")
+
+
+def is_open_to_others(path: Path) -> bool:
+    """Whether accounts other than the owner's may do anything with it."""
+    return bool(path.stat().st_mode & 0o077)
 
 
 @contextmanager
