@@ -40,7 +40,7 @@ def load_queries(path: Path) -> dict[str, str]:
     return {name: text.partition(";")[0].strip() for name, text in zip(names, texts, strict=True)}
 
 
-QUERIES = load_queries(SQL / "queries.sql")
+QUERIES = load_queries(SQL / "queries.sql") | load_queries(SQL / "survey.sql")
 
 
 class Database:

@@ -28,10 +28,10 @@ from urllib.parse import unquote, urlsplit
 
 from storage import runs
 from storage.errors import IntegrityError, RegistryError, RegistryUnavailable
-from storage.reach import absolute, is_server, obstacle, redact
-from storage.runs import CycleRecord, Matrix, Point
+from storage.reach import absolute, is_server, obstacle, redact, sqlite_path
+from storage.runs import CycleRecord, Listed, Listing, Matrix, Point
 
-__all__ = ["CycleRecord", "Matrix", "Registry"]
+__all__ = ["CycleRecord", "Listed", "Listing", "Matrix", "Registry"]
 
 logger = logging.getLogger(__name__)
 
@@ -192,11 +192,33 @@ class Registry:
             for key, value in runs.tags(tags).items():
                 client.set_model_version_tag(self._bot, str(version), key, value)
 
+    def look(self) -> Listing:
+        """What MLflow has of this store. Makes nothing: no database, no experiment."""
+        database = sqlite_path(self._uri)
+        if database is not None and not database.exists():
+            return Listing()
+        with self._mlflow(make=False) as (client, _):
+            models = client.search_registered_models(filter_string=f"name = '{self._bot}'")
+            if not models:
+                return Listing()
+            aliases = {name: int(version) for name, version in models[0].aliases.items()}
+            wanted, versions, token = f"name = '{self._bot}' and {self._ours({})}", [], None
+            while True:
+                page = client.search_model_versions(wanted, page_token=token)
+                versions += [self._listed(client, version) for version in page]
+                token = page.token
+                if not token:
+                    break
+        return Listing(aliases=aliases, versions=tuple(sorted(versions, key=lambda one: one.version)))
+
     # --- the connection ---------------------------------------------------------------------
 
     @contextmanager
-    def _mlflow(self) -> Iterator[tuple[Any, str]]:
-        """Client and experiment id; whatever MLflow raises inside comes out in our words."""
+    def _mlflow(self, *, make: bool = True) -> Iterator[tuple[Any, str]]:
+        """Client and experiment id; whatever MLflow raises inside comes out in our words.
+
+        Without `make` the experiment is not made where it is missing, and its id is not told.
+        """
         with self._lock:
             self._knock()
             _prepare()
@@ -205,12 +227,13 @@ class Registry:
 
             errors = (MlflowException, SQLAlchemyError, OSError)  # OSError: files, and all of requests
             try:
-                if self._connected is None:
+                if self._connected is None and make:
                     self._connected = self._connect()
+                connected = self._connected or (self._client(), "")
             except errors as error:
                 raise self._unavailable(str(error)) from None
             try:
-                yield self._connected
+                yield connected
             except errors as error:
                 code = getattr(error, "error_code", "INTERNAL_ERROR")
                 if code in _PASSING:
@@ -233,10 +256,9 @@ class Registry:
         return redact(said, self._uri).strip()
 
     def _connect(self) -> tuple[Any, str]:
-        from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        client = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+        client = self._client()
         experiment = client.get_experiment_by_name(self._bot)
         if experiment is None:
             return client, client.create_experiment(self._bot, artifact_location=self._artifact_location())
@@ -246,6 +268,11 @@ class Registry:
                 f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
             )
         return client, experiment.experiment_id
+
+    def _client(self) -> Any:
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
 
     def _artifact_location(self) -> str | None:
         return None if is_server(self._uri) else (self._artifact_root / self._bot).as_uri()
@@ -267,6 +294,26 @@ class Registry:
                 f"MLflow at {self.shown_uri} does not have version {version} of {self._bot} as this bot "
                 "trained it; set mlflow.tracking_uri back to where the bot's versions are"
             )
+
+    def _listed(self, client: Any, version: Any) -> Listed:
+        from mlflow.exceptions import MlflowException
+
+        place = urlsplit(version.source)
+        here = place.scheme in ("", "file") and not is_server(self._uri)
+        weights = Path(unquote(place.path)) / "artifacts" / "adapter" / "adapter_model.safetensors"
+        try:
+            metrics = dict(client.get_run(version.run_id).data.metrics) if version.run_id else None
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            metrics = None
+        return Listed(
+            version=int(version.version),
+            cycle_id=int(version.tags.get(CYCLE_TAG, 0)),
+            adapter_hash=version.tags.get(ADAPTER_TAG, ""),
+            weights=weights if here else None,
+            metrics=metrics,
+        )
 
     def _runs(self, client: Any, experiment: str, tags: Mapping[str, str], condition: str = "") -> list[Any]:
         wanted = self._ours(tags) + (f" and {condition}" if condition else "")

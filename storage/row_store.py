@@ -124,7 +124,7 @@ class RowStore:
         if missing:
             raise IntegrityError(
                 f"{len(missing)} row(s) are not in the store {self._db.path}, first {missing[0]}; was the "
-                "store replaced by an older one? `daemon doctor` compares it with the state directory"
+                "store replaced by an older one? `daemon audit` compares it with the state directory"
             )
         return [found[row_hash] for row_hash in hashes]
 

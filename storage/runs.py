@@ -45,6 +45,25 @@ class TradeOff:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A model version of this bot's store, as MLflow has it."""
+
+    version: int
+    cycle_id: int
+    adapter_hash: str  # as its tag says
+    weights: Path | None  # its adapter's file; None: not on this machine
+    metrics: Mapping[str, float] | None  # of its run; None: there is no such run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """All of them, and where the aliases point."""
+
+    aliases: Mapping[str, int] = field(default_factory=dict)
+    versions: tuple[Listed, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class CycleRecord:
     """Everything that MLflow shows of one cycle. Times are UTC, naive.
 

@@ -34,6 +34,7 @@ from storage.records import (
     utcnow,
 )
 from storage.row_store import RowStore
+from storage.survey import Survey
 
 _ID = "store_id"  # the key in meta
 
@@ -59,6 +60,10 @@ class Store(RowStore):
     def id(self) -> str:
         """What tells this store from every other one: numbers of cycles begin at 1 in each."""
         return self.get_meta(_ID) or ""
+
+    def survey(self) -> Survey:
+        """Questions about the whole store, for an audit."""
+        return Survey(self._db)
 
     def __enter__(self) -> Self:
         return self
