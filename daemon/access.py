@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 HERE = Path("config.toml")
 SYSTEM = Path("/etc/holdfast/config.toml")
-SILENCE_SECONDS = 600.0  # an ingest or a slow MLflow may say nothing for this long
-SLOW = ("ingest", "promote", "rollback")
+SILENCE_SECONDS = 600.0  # an ingest, a slow MLflow or one check of an audit may say nothing for this long
+SLOW = ("audit", "ingest", "promote", "rollback")
 QUICK_SECONDS = 30.0  # for all else: a healthy daemon answers at once, or has a heartbeat
 _PAUSE = 0.2  # seconds between two tries
 RETURN_SECONDS = 60.0  # for a daemon that is restarted under a client that follows a cycle
@@ -161,6 +161,31 @@ def writing(settings: Settings, purpose: str) -> Iterator["Store"]:
     statedir.prepare(settings.state_dir)
     with statedir.held(settings.state_dir, purpose), Store.open(settings.store_path) as store:
         yield store
+
+
+def reader(settings: Settings, operation: str, *args: Any) -> Callable[[], dict[str, Any]]:
+    """Does an operation of the form (store, ...) directly."""
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+
+        with reading(settings) as store:
+            return dict(getattr(operations, operation)(store, *args))
+
+    return direct
+
+
+def writer(settings: Settings, operation: str) -> Callable[[], dict[str, Any]]:
+    """Does an operation of the form (store, who) directly."""
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+
+        who = me()
+        with writing(settings, f"daemon {operation}") as store:
+            return dict(getattr(operations, operation)(store, who))
+
+    return direct
 
 
 def me() -> str:

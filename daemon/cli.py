@@ -133,6 +133,26 @@ def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     raise typer.Exit(int(any(check.outcome is Outcome.FAIL for check in found)))
 
 
+@app.command()
+def audit(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Check everything that was done: rows, suites, scores, verdicts, versions, files, MLflow."""
+    from daemon import access, console
+
+    settings = _settings(config)
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+
+        if not settings.store_path.exists():
+            return operations.audit(settings, None, None)
+        with access.reading(settings) as store:
+            return operations.audit(settings, store, operations.open_registry(settings, store))
+
+    told = access.perform(settings, "audit", direct)
+    _show(told, as_json, console.audit)
+    raise typer.Exit(int(bool(told["findings"])))
+
+
 # Looking.
 
 
@@ -165,7 +185,7 @@ def history(
 
     settings = _settings(config)
     _show(
-        access.perform(settings, "history", _reader(settings, "history", limit), limit=limit),
+        access.perform(settings, "history", access.reader(settings, "history", limit), limit=limit),
         as_json,
         console.history,
     )
@@ -182,7 +202,9 @@ def show(
 
     settings = _settings(config)
     _show(
-        access.perform(settings, "show", _reader(settings, "show", cycle), cycle=cycle), as_json, console.show
+        access.perform(settings, "show", access.reader(settings, "show", cycle), cycle=cycle),
+        as_json,
+        console.show,
     )
 
 
@@ -198,7 +220,11 @@ def quarantine(
 
     settings = _settings(config)
     told = access.perform(
-        settings, "quarantine", _reader(settings, "quarantine", limit, reason), limit=limit, reason=reason
+        settings,
+        "quarantine",
+        access.reader(settings, "quarantine", limit, reason),
+        limit=limit,
+        reason=reason,
     )
     _show(told, as_json, console.quarantine)
 
@@ -305,7 +331,7 @@ def pause(config: ConfigOption = None) -> None:
     from daemon import access
 
     settings = _settings(config)
-    told = access.perform(settings, "pause", _writer(settings, "pause"))
+    told = access.perform(settings, "pause", access.writer(settings, "pause"))
     also = (
         f"; cycle {told['running']} is not disturbed, `daemon cancel` stops it" if told.get("running") else ""
     )
@@ -318,7 +344,7 @@ def resume(config: ConfigOption = None) -> None:
     from daemon import access
 
     settings = _settings(config)
-    told = access.perform(settings, "resume", _writer(settings, "resume"))
+    told = access.perform(settings, "resume", access.writer(settings, "resume"))
     print("was not paused" if told["already"] else "resumed")
 
 
@@ -399,31 +425,6 @@ def _settings(given: Path | None) -> "Settings":
     from daemon import config
 
     return config.load(_config_path(given))
-
-
-def _reader(settings: "Settings", operation: str, *args: Any) -> Callable[[], dict[str, Any]]:
-    """Does an operation of the form (store, ...) directly."""
-
-    def direct() -> dict[str, Any]:
-        from daemon import access, operations
-
-        with access.reading(settings) as store:
-            return dict(getattr(operations, operation)(store, *args))
-
-    return direct
-
-
-def _writer(settings: "Settings", operation: str) -> Callable[[], dict[str, Any]]:
-    """Does an operation of the form (store, who) directly."""
-
-    def direct() -> dict[str, Any]:
-        from daemon import access, operations
-
-        who = access.me()
-        with access.writing(settings, f"daemon {operation}") as store:
-            return dict(getattr(operations, operation)(store, who))
-
-    return direct
 
 
 def _move(settings: "Settings", operation: str, **args: Any) -> None:

@@ -102,6 +102,12 @@ class Commands:
     def do_quarantine(self, request: Request, limit: int = 100, reason: str | None = None) -> dict[str, Any]:
         return operations.quarantine(self._daemon.store, limit, reason)
 
+    def do_audit(self, request: Request) -> dict[str, Any]:
+        daemon = self._daemon
+        return operations.audit(
+            daemon.settings, daemon.store, daemon.registry, lambda name: request.emit({"check": name})
+        )
+
     def do_serving(self, request: Request, version: int | None = None) -> dict[str, Any]:
         return operations.serving(self._daemon.settings, self._daemon.store, version)
 

@@ -301,6 +301,27 @@ def check(found: Check) -> None:
         console.print(Text(f"{indent}→ {found.next}", style="cyan"), soft_wrap=True)
 
 
+def audit(told: dict[str, Any]) -> None:
+    """One line a finding of `daemon audit`: the broken invariant, what breaks it, and what to type."""
+    console = out()
+    for found in told["findings"]:
+        name = found["check"].replace("_", " ")
+        console.print(
+            Text.assemble(
+                ("WRONG ", "bold red"), (f"{name}: ", "bold"), _flat(found["message"]),
+                (f" → {_flat(found['next'])}", "cyan"),
+            ),
+            soft_wrap=True,
+        )  # fmt: skip
+    if not told["findings"]:
+        looked_at = f"{told['cycles']:,} cycles, {told['versions']:,} versions and {told['rows']:,} rows"
+        console.print(f"nothing is wrong: {len(told['checks'])} checks of {looked_at}")
+
+
+def _flat(text: str) -> str:
+    return line(text, 2000)
+
+
 class Follower:
     """Live progress on standard error: a moving line in a terminal; elsewhere a line now and then."""
 

@@ -110,6 +110,32 @@ def serving(settings: Settings, store: Store, wanted: int | None = None) -> dict
     }
 
 
+def audit(
+    settings: Settings,
+    store: Store | None,
+    registry: Registry | None,
+    on_check: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Everything that contradicts what must never change, and how much was looked at."""
+    from daemon import audit as auditor
+    from daemon.evidence import ALL
+
+    names: list[str] = []
+
+    def hear(name: str) -> None:
+        names.append(name)
+        on_check(name)
+
+    found = auditor.examine(settings, store, registry, hear, lambda: on_check(names[-1]))
+    return {
+        "findings": [plain(finding) for finding in found],
+        "checks": names,
+        "cycles": len(store.cycles(ALL)) if store else 0,
+        "versions": len(store.models()) if store else 0,
+        "rows": sum(n for splits in store.row_counts().values() for n in splits.values()) if store else 0,
+    }
+
+
 # Changing.
 
 

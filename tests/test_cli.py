@@ -21,7 +21,7 @@ from tests.daemons import ROOT, cli, read_json
 
 NOBODY = 65534
 COMMANDS = (
-    "init", "run", "install-service", "doctor", "status", "history", "show", "quarantine", "ask",
+    "init", "run", "install-service", "doctor", "audit", "status", "history", "show", "quarantine", "ask",
     "retrain-now", "cancel", "pause", "resume", "promote", "rollback", "ingest", "ui",
 )  # fmt: skip
 
