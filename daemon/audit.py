@@ -5,8 +5,10 @@ checks are one function an invariant, here and in `daemon.audit_*`, on what `dae
 None changes anything, and all may run while a cycle does.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from daemon import audit_cycles, audit_exams, audit_registry, audit_rows, statedir
@@ -83,8 +85,10 @@ def the_state_is_private(settings: Settings) -> Iterator[Wrong]:
 
 
 def no_file_is_a_pickle(settings: Settings) -> Iterator[Wrong]:
-    for path in sorted(settings.state_dir.rglob("*")):
-        if path.suffix in PICKLES and path.is_file():
+    # Not rglob: that breaks when a cycle removes its folder meanwhile.
+    found = [Path(folder) / name for folder, _, names in os.walk(settings.state_dir) for name in names]
+    for path in sorted(found):
+        if path.suffix in PICKLES:
             yield Wrong(
                 message=f"{path} is a pickle, by its name", next=f"find out who wrote it, then rm {path}"
             )
