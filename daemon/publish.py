@@ -66,7 +66,7 @@ def _record(
     result = result_files(settings.state_dir / candidate.result)
     training = TrainReport.from_json(result["report"].read_text())
     told = report.cycle_report(store, cycle.id)
-    table = report.Matrix(**told["matrix"])
+    table = report.Matrix(**told["matrix"]) if told["matrix"] else None  # None: no task has a suite yet
     verdict, meta = told["verdict"], info["meta"]
     classified = report.classification(store, cycle.id)
     used = {
@@ -93,7 +93,7 @@ def _record(
         metrics=_metrics(store, cycle, training, table, classified),
         artifacts_json={
             "verdict.json": verdict,
-            "matrix.json": asdict(table),
+            "matrix.json": asdict(table) if table else None,
             "training.json": json.loads(training.to_json()),
             "classification.json": classified,
             "attempts.json": told["attempts"],
@@ -101,7 +101,7 @@ def _record(
         texts={"verdict.md": words},
         description=words,
         predictions=_predictions(store, cycle),
-        matrix=Matrix(columns=table.tasks, rows=table.rows, values=table.values),
+        matrix=Matrix(columns=table.tasks, rows=table.rows, values=table.values) if table else None,
         trade_off=_trade_off(told["attempts"]),
         adapter_dir=result["adapter"],
         adapter_hash=examination.adapter_hash(result["adapter"]),
@@ -144,7 +144,11 @@ def _tags(cycle: Cycle, training: TrainReport, meta: dict[str, Any]) -> dict[str
 
 
 def _metrics(
-    store: Store, cycle: Cycle, training: TrainReport, table: report.Matrix, classified: dict[str, Any]
+    store: Store,
+    cycle: Cycle,
+    training: TrainReport,
+    table: report.Matrix | None,
+    classified: dict[str, Any],
 ) -> dict[str, float]:
     found = {}
     for score in store.scores(cycle.id):
@@ -157,7 +161,7 @@ def _metrics(
         found[f"suite/{task}/macro_f1"] = result["macro_f1"]
     return {
         **found,
-        **table.metrics(),
+        **(table.metrics() if table else {}),
         "train/rows": training.rows,
         "train/replay_rows": training.replay_rows,
         "train/seconds": training.seconds,

@@ -65,6 +65,15 @@ def test_without_new_rows_there_is_nothing_to_do(bot: Bot) -> None:
     assert bot.executor.calls.count("train") == 1
 
 
+def test_rows_without_any_suite_are_trained_on_and_rejected_in_mlflow_too(bot: Bot) -> None:
+    bot.collect(lesson("colours", suite=0))
+    cycle = bot.run()
+    assert (cycle.state, cycle.version) == (State.REJECTED, 1)
+    assert "no suite of the new rows' tasks can speak" in (cycle.reason or "")
+    assert bot.registry.alias("challenger") == 1
+    assert bot.registry.alias("champion") is None
+
+
 def test_a_rejected_cycle_leaves_its_rows_pending_and_the_champion_alone(
     bot: Bot, tmp_path: Path, base: Path
 ) -> None:
