@@ -190,7 +190,7 @@ def each_memory_has_only_rows_that_its_lineage_learned(evidence: Evidence) -> It
         strange = remembered.difference(*(learned[m.cycle_id] for m in evidence.ancestry(model.version)))
         if strange:
             row = min(strange)
-            known = "" if evidence.store.known([row]) else " and the store does not know"
+            known = "" if evidence.store.survey().known([row]) else " and the store does not know"
             told = f"version {model.version} remembers {len(strange)} rows that it was never taught{known}"
             yield Wrong(message=f"{told}, first {row}", next=BACKUP.format(path=model.result))
 

@@ -40,7 +40,7 @@ def each_prediction_is_worth_what_its_text_says(evidence: Evidence) -> Iterator[
     for model, key in evidence.sat:
         evidence.tick()
         exam, answers = evidence.exams.get(key), evidence.store.predictions(model, key)
-        known = evidence.store.known(list(answers)) - evidence.untrue_rows
+        known = evidence.store.survey().known(list(answers)) - evidence.untrue_rows
         for row in evidence.store.rows_by_hash(sorted(known)):
             wrong = _misjudged(answers[row.hash], row, exam.task.metric if exam else None)
             if wrong:
@@ -64,7 +64,7 @@ def each_answered_row_is_in_the_store(evidence: Evidence) -> Iterator[Wrong]:
     examined = set().union(*(evidence.members.get(suite, set()) for suite in evidence.broken_suites))
     for model, exam in evidence.sat:
         answered = set(evidence.store.predictions(model, exam)) - examined
-        for row in sorted(answered - evidence.store.known(sorted(answered))):
+        for row in sorted(answered - evidence.store.survey().known(sorted(answered))):
             told = f"model {model[:12]} answered row {row} in exam {exam}, and the store has no such row"
             yield Wrong(message=told, next=STORE)
 

@@ -3,14 +3,12 @@
 One function an invariant; each yields what contradicts it. Reads, and changes nothing.
 """
 
-import json
 from collections.abc import Iterator
 
 from daemon.evidence import ALL, BACKUP, Evidence, Wrong, identity
 from storage import snapshots
 from storage.parquet import read_rows
 from storage.records import Cycle, rejection_hash
-from storage.rows import Row
 from storage.snapshots import Snapshot
 from strategies.contract import TrainReport, result_files
 
@@ -33,21 +31,22 @@ def each_question_is_in_one_split(evidence: Evidence) -> Iterator[Wrong]:
         yield Wrong(message=f"the question of row {row} is in more than one split: {splits}", next=STORE)
 
 
-def no_contradiction_in_quarantine_was_taken_in(evidence: Evidence) -> Iterator[Wrong]:
-    """Other reasons may pass: a row that was too long is welcome under a longer limit."""
-    for refused in evidence.store.quarantined(ALL, "contradiction"):
+def each_row_in_quarantine_is_as_it_came(evidence: Evidence) -> Iterator[Wrong]:
+    """That its content is in the store by now is right: `source.on_conflict` or a limit may have changed."""
+    for refused in evidence.store.quarantined(ALL):
         if rejection_hash(refused.raw, refused.reason) != refused.hash:
             yield Wrong(message=f"the quarantined row {refused.hash} was changed", next=STORE)
-        elif evidence.store.known([_content(refused.raw)]):
-            told = f"row {_content(refused.raw)} was refused as a contradiction, and is in the store"
-            yield Wrong(message=told, next=STORE)
 
 
-def _content(raw: str) -> str:
-    """The hash that the refused row would have in the store."""
-    said = json.loads(raw)
-    fields = {name: said[name] for name in ("id", "task", "question", "answer", "context")}
-    return Row(**fields).hash
+def each_question_has_an_answer_that_counts(evidence: Evidence) -> Iterator[Wrong]:
+    for _, row in evidence.store.survey().unanswered():
+        yield Wrong(message=f"all answers to the question of row {row} are superseded", next=STORE)
+
+
+def each_answer_was_superseded_by_another_of_its_question(evidence: Evidence) -> Iterator[Wrong]:
+    for row, by in evidence.store.survey().stray_supersessions():
+        told = f"by {by}, which does not answer its question" if by else "and is not in the store"
+        yield Wrong(message=f"row {row} is on record as superseded {told}", next=STORE)
 
 
 def no_row_was_used_against_its_split(evidence: Evidence) -> Iterator[Wrong]:
@@ -118,7 +117,8 @@ def each_frozen_suite_is_what_was_frozen(evidence: Evidence) -> Iterator[Wrong]:
 
 
 def each_suite_only_grows(evidence: Evidence) -> Iterator[Wrong]:
-    """Versions are 1, 2, 3 …, and each has every row of the one before."""
+    """Versions are 1, 2, 3 …, and each has every row of the one before that was not superseded."""
+    superseded = evidence.store.survey().ever_superseded()
     for suite in evidence.suites:
         if suite.version == 1:
             continue
@@ -126,7 +126,7 @@ def each_suite_only_grows(evidence: Evidence) -> Iterator[Wrong]:
         name = f"the suite {suite.task}@v{suite.version}"
         if before is None:
             yield Wrong(message=f"{name} has no version {suite.version - 1} before it", next=STORE)
-        elif lost := before - evidence.members.get((suite.task, suite.version), before):
+        elif lost := before - evidence.members.get((suite.task, suite.version), before) - superseded:
             yield Wrong(message=f"{name} lost {len(lost)} rows of the one before, {min(lost)}", next=STORE)
 
 

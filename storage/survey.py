@@ -3,8 +3,10 @@
 Beside `storage.store`, which has what the work needs; the SQL is in `sql/survey.sql`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from storage import bulk
 from storage.database import Database
 
 
@@ -51,11 +53,30 @@ class Survey:
         ]
 
     def learned_by_several(self) -> list[Shared]:
-        """Rows that were new to several cycles, by these cycles: right, but for cycles of one lineage."""
+        """Rows that were new to several cycles, by these cycles: right, but for cycles of one lineage.
+
+        Without rows that lost their place to another answer and have it back: those are learned once more.
+        """
         return [
             Shared(cycles=tuple(cycles), count=count, row_hash=row)
             for cycles, count, row in self._db.rows("learned_by_several")
         ]
+
+    def unanswered(self) -> list[tuple[str, str]]:
+        """Questions all of whose answers are superseded: (key, hash of a row)."""
+        return [(key, row) for key, row in self._db.rows("unanswered")]
+
+    def stray_supersessions(self) -> list[tuple[str, str | None]]:
+        """(row, the row that took its place) that are not two answers of one question in the store."""
+        return [(row, by) for row, by in self._db.rows("stray_supersessions")]
+
+    def ever_superseded(self) -> set[str]:
+        """Rows that have lost their place at least once."""
+        return {row for (row,) in self._db.rows("ever_superseded")}
+
+    def known(self, hashes: Sequence[str]) -> set[str]:
+        """Those of the hashes that are rows of the store."""
+        return {row for (row,) in self._db.rows("known_given", bulk.column(hashes))}
 
     def suite_members(self) -> dict[tuple[str, int], set[str]]:
         """(task, version) to the hashes of the rows that it was frozen with."""

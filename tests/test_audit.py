@@ -92,7 +92,7 @@ class Corrupt:
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[Bot, Path]:
     """Three cycles: one promoted, one promoted and rolled back, one rejected; and a copy of their state."""
-    bot = make_bot(tmp_path_factory.mktemp("bot"), base)
+    bot = make_bot(tmp_path_factory.mktemp("bot"), base, source__on_conflict="quarantine")
     bot.collect(lesson("colours"))
     assert bot.run().state is State.PROMOTED
     bot.collect(
@@ -100,7 +100,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[Bot, 
     )
     assert bot.run().state is State.PROMOTED
     promote.rollback(bot.store, bot.registry, "ann", "it tastes odd")
-    strict = make_bot_again(bot, base, gate__min_gain=1.0)
+    strict = make_bot_again(bot, base, gate__min_gain=1.0, source__on_conflict="quarantine")
     grown = lesson("colours", train=16, suite=24)
     strict.collect([*lesson("shapes", SHAPES), *grown])
     assert strict.run().state is State.REJECTED
@@ -194,9 +194,28 @@ def a_suite_question_is_accepted_for_training_under_another_task(bot: Corrupt) -
     bot.accept("train", "other", bot.row("suite")["question"], "red")
 
 
-@breaks(that.no_contradiction_in_quarantine_was_taken_in, "was changed")
+@breaks(that.each_row_in_quarantine_is_as_it_came, "was changed")
 def a_quarantined_row_is_rewritten(bot: Corrupt) -> None:
     bot.sql("UPDATE quarantine SET raw = replace(raw, 'pink', 'rose')")
+
+
+def a_second_answer(bot: Corrupt) -> tuple[str, str]:
+    """(hash of a row, hash of another answer to its question), both of which count."""
+    row = bot.row("train")
+    bot.accept("train", "colours", row["question"], "pink")
+    return row["hash"], Row(id="x", task="colours", question=row["question"], answer="pink").hash
+
+
+@breaks(that.each_question_has_an_answer_that_counts, "are superseded")
+def two_answers_have_superseded_each_other(bot: Corrupt) -> None:
+    old, new = a_second_answer(bot)
+    bot.sql("INSERT INTO supersessions VALUES (1, ?, ?, now()), (2, ?, ?, now())", old, new, new, old)
+
+
+@breaks(that.each_answer_was_superseded_by_another_of_its_question, "does not answer its question")
+def an_answer_is_superseded_by_that_of_another_question(bot: Corrupt) -> None:
+    old, _ = a_second_answer(bot)
+    bot.sql("INSERT INTO supersessions VALUES (1, ?, ?, now())", old, bot.row("suite")["hash"])
 
 
 @breaks(that.no_row_was_used_against_its_split, "as a train row")
@@ -592,6 +611,26 @@ def test_nothing_is_wrong_at_any_moment_of_a_cycle(tmp_path: Path, base: Path) -
     assert found == []
     assert audited(bot) == []
     bot.store.close()
+
+
+def test_nothing_is_wrong_when_answers_change_and_change_back(tmp_path: Path, base: Path) -> None:
+    """In training and in the suite: the older answer loses its place, has it back and is learned again."""
+    bot = make_bot(tmp_path / "bot", base)
+    now = iter(range(100))
+    bot.collect(lesson("colours"))
+    for answer in ("white", "black", "white"):
+        bot.collect(
+            [
+                (f"{next(now)}", "colours", f"which one is colours {n}", answer, "")
+                for n in (*range(8), 20, 21)
+            ]
+        )
+        assert bot.run().state is State.PROMOTED
+        assert audited(bot) == []
+    survey = bot.store.survey()
+    assert survey.ever_superseded()
+    assert any(move.by_hash is None for move in bot.store.supersessions())
+    assert [suite.version for suite in bot.store.suites() if suite.task == "colours"] == [1, 2, 3]
 
 
 def test_nothing_is_wrong_with_a_rescued_candidate(tmp_path: Path, base: Path) -> None:
