@@ -6,10 +6,12 @@ Pure functions on rows and on what the store has looked up; touches no database.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from storage.records import Answer, Label, OnConflict, Rejected, StoredRow, Supersession, rejection_hash
 from storage.rows import Row, Split, derive_split, normalise
+
+AHEAD = timedelta(days=1)  # by which a collector's clock, in another time zone, may be ahead of ours
 
 Told = tuple[str, datetime | None]  # the row that was told, and the newest time it was told with
 
@@ -93,7 +95,8 @@ class _Desk:
 
     def take(self, row: Row, row_hash: str, key: str, question_key: str) -> None:
         last, at = self.told.get((key, row.id), (None, None))
-        if last == row_hash and not _is_news(row.created_at, at):
+        given = self._time_of(row)
+        if last == row_hash and not _is_news(given, at):
             return
         answers = self.answers.get(key, {})
         if row_hash not in answers:
@@ -101,8 +104,8 @@ class _Desk:
                 self.rejected.append(_reject(row, *refusal, self.source, self.now))
                 return
             self._store(row, row_hash, key, question_key)
-        self._label(row, row_hash, key)
-        self._weigh(row, row_hash, self.answers[key])
+        self._label(row, given, row_hash, key)
+        self._weigh(given, row_hash, self.answers[key])
 
     def sorted(self) -> Sorted:
         lost = [
@@ -122,6 +125,11 @@ class _Desk:
                 for seq, (row_hash, by) in enumerate(lost, start=1)
             ],
         )
+
+    def _time_of(self, row: Row) -> datetime | None:
+        """When the label was given. One in the future is none: its answer could never change."""
+        given = row.created_at
+        return given if given is not None and given <= self.now + AHEAD else None
 
     def _refusal(self, row: Row, question_key: str, answers: Sequence[Answer]) -> tuple[str, str] | None:
         if answers:
@@ -152,19 +160,19 @@ class _Desk:
             )
         )  # fmt: skip
 
-    def _label(self, row: Row, row_hash: str, key: str) -> None:
+    def _label(self, row: Row, given: datetime | None, row_hash: str, key: str) -> None:
         before = self.labels.pop((row_hash, row.id), None)
-        newest = _newest(before, row.created_at)
+        newest = _newest(before, given)
         self.labels[row_hash, row.id] = newest
         self.told[key, row.id] = (row_hash, newest)
         answer = self.answers[key][row_hash]
-        self.answers[key][row_hash] = replace(answer, created_at=_newest(answer.created_at, row.created_at))
+        self.answers[key][row_hash] = replace(answer, created_at=_newest(answer.created_at, given))
 
-    def _weigh(self, row: Row, row_hash: str, answers: dict[str, Answer]) -> None:
-        """Which of the answers to one question count, now that `row` gives one of them."""
+    def _weigh(self, at: datetime | None, row_hash: str, answers: dict[str, Answer]) -> None:
+        """Which of the answers to one question count, now that a label given `at` names one of them."""
         if self.on_conflict == "quarantine":
             return
-        given = answers[row_hash].created_at if row.created_at else None
+        given = answers[row_hash].created_at if at else None
         counting = [a for a in answers.values() if a.counts and a.hash != row_hash]
         rivals = counting if self.on_conflict == "newest" else []
         newer = next((rival for rival in rivals if _is_older(given, rival.created_at)), None)

@@ -92,6 +92,18 @@ def test_without_two_different_times_the_later_arrival_is_newer(
     assert counting(store) == ["ten"]
 
 
+def test_a_label_from_the_future_does_not_win_for_ever(store: Store) -> None:
+    """Somebody's 2099, or a wrong clock: it counts by its arrival, and saying it again is no news."""
+    tell(store, row("nine", 1), row("eleven", 30_000, id="a typo"))
+    assert counting(store) == ["eleven"]
+    assert tell(store, row("ten", 2)) == 1
+    assert counting(store) == ["ten"]
+    before = everything(store)
+    tell(store, row("eleven", 30_000, id="a typo"))
+    assert everything(store) == before
+    assert counting(store) == ["ten"]
+
+
 @pytest.mark.parametrize("days", [(1, 2, 3, 4), (None, None, None, None)])
 @pytest.mark.parametrize("id", ["", "the same for all"])
 def test_an_answer_that_comes_back_counts_again(store: Store, days: tuple[int | None, ...], id: str) -> None:
