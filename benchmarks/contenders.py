@@ -60,6 +60,24 @@ _ALL = (
         name="replay5+lwf", about="also the champion's opinion of all rows", strategy=_small("replay", "lwf")
     ),
     Contender(
+        name="replay5+lwf-faster",
+        about="the same with a learning rate half as high again, and 0.4 remembered rows for a new one",
+        strategy=_small("replay", "lwf", replay_ratio=0.4),
+        train={"learning_rate": 7.5e-4},
+    ),
+    Contender(
+        name="replay5+lwf-fastest",
+        about="the same with twice the learning rate, and 0.35 remembered rows for a new one",
+        strategy=_small("replay", "lwf", replay_ratio=0.35),
+        train={"learning_rate": 1e-3},
+    ),
+    Contender(
+        name="replay5+lwf-firm",
+        about="the same with a weight of 0.75",
+        strategy=_small("replay", "lwf", replay_ratio=0.35, lwf_weight=0.75),
+        train={"learning_rate": 1e-3},
+    ),
+    Contender(
         name="replay5+der+lwf",
         about="both opinions, the champion's with a weight of 0.25, and 0.35 remembered rows for a new one",
         strategy=_small("replay", "der", "lwf", lwf_weight=0.25, replay_ratio=0.35),
