@@ -133,6 +133,7 @@ CHECKS: tuple[Callable[[Evidence], Iterator[Wrong]], ...] = (
     audit_cycles.each_cycle_ended_as_its_verdict_says,
     audit_cycles.each_candidate_is_one_that_a_rescue_makes,
     audit_cycles.each_result_is_as_it_was_made,
+    audit_cycles.nothing_that_is_needed_was_pruned,
     audit_cycles.each_version_is_what_its_cycle_made,
     audit_cycles.lineages_have_no_gaps_and_no_loops,
     audit_cycles.each_snapshot_continues_from_its_cycles_parent,

@@ -152,6 +152,20 @@ def each_result_is_as_it_was_made(evidence: Evidence) -> Iterator[Wrong]:
         yield Wrong(message=why, next=BACKUP.format(path=result))
 
 
+def nothing_that_is_needed_was_pruned(evidence: Evidence) -> Iterator[Wrong]:
+    """The champion, what a rollback returns to, and what an unfinished cycle works on."""
+    for version in champions(evidence.promotions)[-2:]:
+        if version in evidence.models and evidence.models[version].result in evidence.pruned:
+            told = f"version {version}, which serves or is rolled back to, was pruned"
+            yield Wrong(message=told, next=BACKUP.format(path=evidence.models[version].result))
+    for cycle in evidence.cycles.values():
+        parent = evidence.models.get(cycle.parent or 0)
+        needed = {f"snapshots/{cycle.snapshot}", parent.result if parent else ""} & evidence.pruned
+        if needed and not cycle.state.ended:
+            told = f"cycle {cycle.id} is {cycle.state} and needs {min(needed)}, which was pruned"
+            yield Wrong(message=told, next=f"daemon cancel {cycle.id}")
+
+
 # Versions.
 
 
@@ -184,7 +198,7 @@ def each_memory_has_only_rows_that_its_lineage_learned(evidence: Evidence) -> It
         m.cycle_id: {*evidence.store.cycle_rows(m.cycle_id, "train")} for m in evidence.models.values()
     }
     for model in evidence.models.values():
-        if model.result in evidence.broken_results or not evidence.is_sound(model.version):
+        if not evidence.has(model.result) or not evidence.is_sound(model.version):
             continue
         remembered = set(memory_hashes(result_files(evidence.path(model.result))["state"]))
         strange = remembered.difference(*(learned[m.cycle_id] for m in evidence.ancestry(model.version)))

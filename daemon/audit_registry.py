@@ -13,6 +13,7 @@ from daemon.promote import CHALLENGER, CHAMPION
 from storage.artifacts import sha256_file
 from storage.records import State
 from storage.registry import Listed
+from storage.removals import MLFLOW as MLFLOW_FILES
 from storage.runs import key
 
 # The alias is repaired at every start, and whenever MLflow is back or the configuration is read again.
@@ -71,18 +72,19 @@ def each_version_is_in_mlflow_as_it_was_trained(evidence: Evidence) -> Iterator[
     for version, model in evidence.models.items():
         if version in evidence.misfits:
             continue
-        told = _different(listed.get(version), model.cycle_id, model.adapter_hash)
+        pruned = f"{MLFLOW_FILES}{version}/model" in evidence.pruned
+        told = _different(listed.get(version), model.cycle_id, model.adapter_hash, pruned=pruned)
         if told:
             yield Wrong(message=f"MLflow has version {version} {told}", next=MLFLOW)
 
 
-def _different(listed: Listed | None, cycle_id: int, adapter_hash: str) -> str | None:
+def _different(listed: Listed | None, cycle_id: int, adapter_hash: str, *, pruned: bool) -> str | None:
     if listed is None:
         return "not at all"
     if (listed.cycle_id, listed.adapter_hash) != (cycle_id, adapter_hash):
         told = f"of cycle {listed.cycle_id} with the adapter {listed.adapter_hash[:12]}"
         return f"{told}; here it is of cycle {cycle_id}, {adapter_hash[:12]}"
-    if listed.weights is None:
+    if listed.weights is None or pruned:
         return None
     if not listed.weights.is_file():
         return f"without its adapter: {listed.weights} is missing"

@@ -106,7 +106,7 @@ def _roles(evidence: Evidence, cycle: Cycle, snapshot: Snapshot) -> Iterator[tup
     yield "train", train
     yield "validation", validation - train
     chosen = evidence.concluded(cycle.id)
-    if cycle.id in evidence.verdicts and chosen and chosen.result not in evidence.broken_results:
+    if cycle.id in evidence.verdicts and chosen and evidence.has(chosen.result):
         text = result_files(evidence.path(chosen.result))["report"].read_text(encoding="utf-8")
         yield "replay", {*TrainReport.from_json(text).rehearsed} - train - validation
 

@@ -365,6 +365,29 @@ def rollback(why: WhyOption, config: ConfigOption = None) -> None:
 
 
 @app.command()
+def prune(
+    config: ConfigOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what [retention] lets go; the daemon does so by itself after every cycle."""
+    from daemon import access, console
+
+    settings = _settings(config)
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+
+        if dry_run:
+            with access.reading(settings) as store:
+                return operations.prunable(settings, store)
+        with access.writing(settings, "daemon prune") as store:
+            return operations.prune(settings, store, operations.open_registry(settings, store))
+
+    _show(access.perform(settings, "prune", direct, dry_run=dry_run), as_json, console.removals)
+
+
+@app.command()
 def ingest(
     files: Annotated[
         list[Path], typer.Argument(help="JSONL, CSV or Parquet files with the columns of [source].")

@@ -108,6 +108,13 @@ class Commands:
             daemon.settings, daemon.store, daemon.registry, lambda name: request.emit({"check": name})
         )
 
+    def do_prune(self, request: Request, dry_run: bool = True) -> dict[str, Any]:
+        """What would go; between two cycles the daemon lets it go by itself."""
+        told = operations.prunable(self._daemon.settings, self._daemon.store)
+        if not dry_run:
+            self._daemon.flight.wake(untidy=True)
+        return told
+
     def do_serving(self, request: Request, version: int | None = None) -> dict[str, Any]:
         return operations.serving(self._daemon.settings, self._daemon.store, version)
 

@@ -265,6 +265,17 @@ def trade_off(attempt: dict[str, Any]) -> Table:
     return shown
 
 
+def removals(told: dict[str, Any]) -> None:
+    """What goes, or would."""
+    if not told["removals"]:
+        out().print(f"nothing to remove; removed so far: {told['pruned']:,}")
+        return
+    table = _table("removed", "of")
+    for one in told["removals"]:
+        table.add_row(one["path"], one["why"])
+    out().print(table)
+
+
 def quarantine(told: dict[str, Any]) -> None:
     if not told["counts"]:
         out().print("the quarantine is empty")

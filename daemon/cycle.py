@@ -332,7 +332,12 @@ class CycleRunner:
         return lambda progress: self.on_progress(cycle.id, progress)
 
     def _tidy_away(self, cycle: Cycle) -> None:
-        """Checkpoints, blends and trials that were not chosen, of an ended cycle."""
+        """Checkpoints, blends and trials that were not chosen, of an ended cycle.
+
+        What was stopped in the middle is left to `daemon.retention` where somebody wants to look at it.
+        """
+        if cycle.state in (State.FAILED, State.CANCELLED) and self.settings.retention.checkpoints:
+            return
         kept = {self._result(candidate).parent for candidate in self.store.candidates(cycle.id)}
         folder = self.folder(cycle)
         unused = [trial for trial in folder.glob("trial-*") if trial not in kept]

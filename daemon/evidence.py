@@ -19,6 +19,7 @@ from storage import artifacts, snapshots
 from storage.errors import HoldfastError, RegistryError
 from storage.records import Candidate, Cycle, ModelVersion, Promotion, Score, StoredRow, Suite
 from storage.registry import Listing, Registry
+from storage.removals import ANSWERS
 from storage.rows import Row, Split
 from storage.snapshots import Snapshot
 from storage.store import Store
@@ -54,6 +55,7 @@ class Evidence:
     members: dict[tuple[str, int], set[str]]  # hashes of the rows of each suite version
     scores: list[Score]
     sat: dict[tuple[str, str], int]  # (model, exam) to the number of answers
+    pruned: frozenset[str]  # what was removed on purpose, by its path
     tick: Callable[[], None]  # called again and again, so that who waits knows that work goes on
 
     def path(self, relative: str) -> Path:
@@ -65,6 +67,8 @@ class Evidence:
     def _loaded(self) -> tuple[dict[str, Snapshot], dict[str, str]]:
         whole, broken = {}, {}
         for name in sorted({cycle.snapshot for cycle in self.cycles.values() if cycle.snapshot}):
+            if f"snapshots/{name}" in self.pruned:
+                continue
             self.tick()
             try:
                 whole[name] = snapshots.load(self.path(f"snapshots/{name}"))
@@ -103,9 +107,13 @@ class Evidence:
         return broken
 
     def _results(self) -> Iterator[tuple[str, str]]:
-        """(directory, hash of its adapter) of every candidate that was made."""
+        """(directory, hash of its adapter) of every candidate that was made, but for pruned ones."""
         made = {(c.result, c.model) for tried in self.candidates.values() for c in tried if c.model}
-        yield from sorted(made)
+        yield from sorted((result, model) for result, model in made if result not in self.pruned)
+
+    def has(self, result: str) -> bool:
+        """Whether a result directory is there, as it was made."""
+        return result not in self.pruned and result not in self.broken_results
 
     # Rows.
 
@@ -217,6 +225,10 @@ class Evidence:
             for exam in (*examination.exams(snapshot), *examination.probe_exams(snapshot))
         }
 
+    def is_pruned(self, score: Score) -> bool:
+        """Whether the answers behind a score were removed on purpose: it stays, and proves itself no more."""
+        return f"{ANSWERS}{score.model}" in self.pruned
+
     def is_whole(self, score: Score) -> bool:
         """Whether there is an answer to every row of the score's suite, and to no other."""
         answered = self.store.predictions(score.model, score.exam)
@@ -260,6 +272,7 @@ def gather(settings: Settings, store: Store, registry: Registry, tick: Callable[
             members=store.survey().suite_members(),
             scores=store.scores(),
             sat=store.survey().sat(),
+            pruned=frozenset(store.pruned()),
             tick=tick,
         )
 

@@ -98,9 +98,13 @@ def serving(settings: Settings, store: Store, wanted: int | None = None) -> dict
         champion = store.champion()
         chosen = champion.version if champion else None
     found = store.model(chosen) if chosen is not None else None
+    from daemon.promote import check_has_files
+
     if chosen is not None and found is None:
         known = ", ".join(str(model.version) for model in store.models()) or "none yet"
         raise ControlError(f"there is no version {chosen}; versions: {known}")
+    if found is not None:
+        check_has_files(store, found.version)
     cycle = store.cycle(found.cycle_id) if found else None
     return {
         "version": chosen,
@@ -133,6 +137,16 @@ def audit(
         "cycles": len(store.cycles(ALL)) if store else 0,
         "versions": len(store.models()) if store else 0,
         "rows": sum(n for splits in store.row_counts().values() for n in splits.values()) if store else 0,
+    }
+
+
+def prunable(settings: Settings, store: Store) -> dict[str, Any]:
+    """What `[retention]` would remove next, and what it has removed."""
+    from daemon import retention
+
+    return {
+        "removals": [plain(one) for one in retention.plan(settings, store)],
+        "pruned": len(store.pruned()),
     }
 
 
@@ -182,6 +196,16 @@ def rollback(store: Store, registry: Registry, who: str, why: str) -> dict[str, 
 
     _check_why(why)
     return _moved(store, lambda: champion.rollback(store, registry, who, why))
+
+
+def prune(settings: Settings, store: Store, registry: Registry) -> dict[str, Any]:
+    """Removes what `[retention]` lets go. No cycle may run meanwhile."""
+    from daemon import retention
+
+    return {
+        "removals": [plain(one) for one in retention.prune(settings, store, registry)],
+        "pruned": len(store.pruned()),
+    }
 
 
 def ingest(

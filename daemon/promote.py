@@ -30,13 +30,15 @@ def manual(store: Store, registry: Registry, version: int, who: str, why: str) -
 
     Raises `ControlError` for a version that this bot never made.
     """
-    if store.model(version) is None:
-        known = ", ".join(str(model.version) for model in store.models()) or "none yet"
-        raise ControlError(f"there is no version {version}; versions: {known}. See `daemon history`")
-    champion = store.champion()
-    if champion is not None and champion.version == version:
-        raise ControlError(f"version {version} is the champion already")
-    line = store.promote(version, cycle_id=None, kind="manual", who=who, why=why)
+    with store.transaction():  # what is pruned meanwhile is pruned before this or after it
+        if store.model(version) is None:
+            known = ", ".join(str(model.version) for model in store.models()) or "none yet"
+            raise ControlError(f"there is no version {version}; versions: {known}. See `daemon history`")
+        check_has_files(store, version)
+        champion = store.champion()
+        if champion is not None and champion.version == version:
+            raise ControlError(f"version {version} is the champion already")
+        line = store.promote(version, cycle_id=None, kind="manual", who=who, why=why)
     repair_alias(store, registry)
     return line
 
@@ -47,13 +49,28 @@ def rollback(store: Store, registry: Registry, who: str, why: str) -> Promotion:
     The next cycle continues from that version's adapter, memory and Fisher information. Rolling back
     the first champion leaves the bare base. Raises `ControlError` when there is nothing to go back to.
     """
-    stack = champions(store.promotions())
-    if not stack:
-        raise ControlError("there is no champion to roll back; see `daemon history`")
-    before = stack[-2] if len(stack) > 1 else None
-    line = store.promote(before, cycle_id=None, kind="rollback", who=who, why=why)
+    with store.transaction():
+        stack = champions(store.promotions())
+        if not stack:
+            raise ControlError("there is no champion to roll back; see `daemon history`")
+        before = stack[-2] if len(stack) > 1 else None
+        if before is not None:
+            check_has_files(store, before)
+        line = store.promote(before, cycle_id=None, kind="rollback", who=who, why=why)
     repair_alias(store, registry)
     return line
+
+
+def check_has_files(store: Store, version: int) -> None:
+    """Raises `ControlError` for a version whose files were removed on purpose: nobody can answer with it."""
+    models, pruned = {model.version: model.result for model in store.models()}, store.pruned()
+    gone = pruned.get(models.get(version, ""))
+    if gone is not None:
+        left = ", ".join(str(one) for one, result in models.items() if result not in pruned) or "none"
+        raise ControlError(
+            f"version {version} has no files any more, they were pruned at {gone.at:%Y-%m-%d %H:%M} "
+            f"([retention]); versions that have: {left}"
+        )
 
 
 def repair_alias(store: Store, registry: Registry) -> None:

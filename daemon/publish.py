@@ -47,7 +47,7 @@ def parameters(settings: Settings, used: Mapping[str, Mapping[str, Any]] | None 
 
     `used` is what a cycle was really run with, by section: it wins over a configuration edited since.
     """
-    shown = settings.model_dump(mode="json", exclude={"mlflow", "source", "tasks", "schedule"})
+    shown = settings.model_dump(mode="json", exclude={"mlflow", "source", "tasks", "schedule", "retention"})
     return {
         f"{section}.{key}": _parameter((used or {}).get(section, {}).get(key, value))
         for section, values in shown.items()

@@ -10,6 +10,7 @@ from typing import Any
 from daemon import rescue, tradeoff
 from storage.errors import ControlError
 from storage.records import ModelVersion
+from storage.removals import ANSWERS
 from storage.store import Store
 from strategies import metrics, scoring
 from strategies.contract import Record, TaskKind
@@ -78,6 +79,7 @@ def cycle_report(store: Store, cycle_id: int) -> dict[str, Any]:
         "matrix": _plain(asdict(table)) if table else None,
         "metrics": table.metrics() if table else {},
         "attempts": _attempts(store, cycle_id),
+        "pruned": _pruned(store, cycle_id),
         "events": [_plain(asdict(event)) for event in reversed(store.events(limit=50, cycle_id=cycle_id))],
     }
 
@@ -103,7 +105,18 @@ def explain(report: dict[str, Any]) -> list[str]:
             f"{name.replace('_', ' ')} {value * 100:.1f}" for name, value in report["metrics"].items()
         )
         lines.append(f"Over all tasks: {told}.")
+    if report["pruned"]:
+        when = report["pruned"]["answers"][:10]
+        lines.append(f"Its answers were pruned on {when}: its numbers stay, and cannot be computed again.")
     return lines
+
+
+def _pruned(store: Store, cycle_id: int) -> dict[str, Any]:
+    """When the answers behind the candidate's scores were removed on purpose, if they were."""
+    models = {score.model for score in store.scores(cycle_id) if score.label == "candidate"}
+    pruned = store.pruned()
+    gone = [pruned[ANSWERS + model].at for model in models if ANSWERS + model in pruned]
+    return {"answers": gone[0].isoformat() + "Z"} if gone else {}
 
 
 def _attempts(store: Store, cycle_id: int) -> list[dict[str, Any]]:

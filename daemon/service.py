@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from daemon import config, journal, operations, promote, schedule, statedir
+from daemon import config, journal, operations, promote, retention, schedule, statedir
 from daemon.commands import Commands, CycleExecutor, Daemon, make_executor
 from daemon.control import ControlServer
 from daemon.cycle import CycleRunner
@@ -92,7 +92,7 @@ class Service:
         self._executor: CycleExecutor | None = None
         self._told = ""
         self._pinged = 0.0
-        flight = Flight(store, self._make_runner, housekeeping=self._repair_alias)
+        flight = Flight(store, self._make_runner, housekeeping=self._housekeeping)
         registry = operations.open_registry(settings, store)
         self._daemon = Daemon(
             settings=settings, store=store, registry=registry, flight=flight, facts=self._facts
@@ -193,6 +193,19 @@ class Service:
             clock=daemon.store.clock,
             on_progress=daemon.flight.on_progress,
         )
+
+    def _housekeeping(self) -> bool:
+        """Between two cycles; false when something is left to do."""
+        return self._repair_alias() & self._prune()
+
+    def _prune(self) -> bool:
+        daemon = self._daemon
+        try:
+            retention.prune(daemon.settings, daemon.store, daemon.registry)
+        except (HoldfastError, OSError) as error:
+            log.warning("not everything was pruned: %s", error, extra={"action": "unpruned"})
+            return False
+        return True
 
     def _repair_alias(self) -> bool:
         """After a crash MLflow's alias may lag behind the store; false when MLflow cannot be asked now."""

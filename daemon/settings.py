@@ -335,6 +335,27 @@ class Rescue(Section):
     )
 
 
+class Retention(Section):
+    """How much stays on disk. Rows, scores, verdicts, history and the champion's files stay in any case."""
+
+    champions: Positive = Field(
+        30, description="Past champions, the newest, whose files are kept: what can be rolled back to."
+    )
+    rejected: int = Field(3, ge=0, description="Rejected versions, the newest, whose adapters are kept.")
+    predictions: int = Field(
+        30,
+        ge=0,
+        description="Rejected versions, the newest, whose answers are kept. The numbers of others stay, but "
+        "cannot be computed again.",
+    )
+    snapshots: int = Field(
+        10, ge=0, description="Snapshots, the newest, that are kept beside those of kept versions."
+    )
+    checkpoints: int = Field(
+        0, ge=0, description="Failed and cancelled cycles, the newest, whose unfinished work is kept."
+    )
+
+
 class Schedule(Section):
     """When cycles start by themselves."""
 
@@ -404,6 +425,7 @@ class Settings(BaseSettings):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     gate: Gate = Field(default_factory=Gate)
     rescue: Rescue = Field(default_factory=Rescue)
+    retention: Retention = Field(default_factory=Retention)
     schedule: Schedule = Field(default_factory=Schedule)
     mlflow: Mlflow = Field(default_factory=Mlflow)
     tasks: dict[str, TaskOverride] = Field(default_factory=dict)

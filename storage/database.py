@@ -40,7 +40,11 @@ def load_queries(path: Path) -> dict[str, str]:
     return {name: text.partition(";")[0].strip() for name, text in zip(names, texts, strict=True)}
 
 
-QUERIES = load_queries(SQL / "queries.sql") | load_queries(SQL / "survey.sql")
+QUERIES = {
+    name: text
+    for file in ("queries", "removals", "survey")
+    for name, text in load_queries(SQL / f"{file}.sql").items()
+}
 
 
 class Database:

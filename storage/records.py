@@ -284,3 +284,13 @@ class Event:
     kind: str
     cycle_id: int | None
     detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pruned:
+    """Something that was removed on purpose. `done` False: MLflow has not been told yet."""
+
+    path: str
+    why: str
+    at: datetime
+    done: bool

@@ -192,6 +192,30 @@ class Registry:
             for key, value in runs.tags(tags).items():
                 client.set_model_version_tag(self._bot, str(version), key, value)
 
+    def prune(self, version: int, files: Sequence[str], tags: Mapping[str, str]) -> None:
+        """Removes files or folders of a version's run, and tags the version with what became of them.
+
+        A version or file that is not there is no error. Where the store of artifacts cannot remove anything,
+        the files are left to `mlflow gc`.
+        """
+        with self._mlflow() as (client, _):
+            wanted = f"name = '{self._bot}' and {self._ours({})}"
+            found = [one for one in _all_versions(client, wanted) if int(one.version) == version]
+            for one in found:
+                self._remove_files(client, one.run_id, files)
+                for key, value in runs.tags(tags).items():
+                    client.set_model_version_tag(self._bot, str(version), key, value)
+
+    def _remove_files(self, client: Any, run_id: str, files: Sequence[str]) -> None:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        place = get_artifact_repository(client.get_run(run_id).info.artifact_uri, self._uri, self._uri)
+        for name in files:
+            try:
+                place.delete_artifacts(name)
+            except NotImplementedError:
+                logger.warning("MLflow's artifacts cannot be removed", extra={"action": "registry.prune"})
+
     def look(self) -> Listing:
         """What MLflow has of this store. Makes nothing: no database, no experiment."""
         database = sqlite_path(self._uri)
@@ -202,13 +226,8 @@ class Registry:
             if not models:
                 return Listing()
             aliases = {name: int(version) for name, version in models[0].aliases.items()}
-            wanted, versions, token = f"name = '{self._bot}' and {self._ours({})}", [], None
-            while True:
-                page = client.search_model_versions(wanted, page_token=token)
-                versions += [self._listed(client, version) for version in page]
-                token = page.token
-                if not token:
-                    break
+            wanted = f"name = '{self._bot}' and {self._ours({})}"
+            versions = [self._listed(client, version) for version in _all_versions(client, wanted)]
         return Listing(aliases=aliases, versions=tuple(sorted(versions, key=lambda one: one.version)))
 
     # --- the connection ---------------------------------------------------------------------
@@ -459,6 +478,17 @@ def _prepare() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow warns about its own type hints while it is imported
         import mlflow.pyfunc  # noqa: F401
+
+
+def _all_versions(client: Any, wanted: str) -> Iterator[Any]:
+    """Every page of a search."""
+    token = None
+    while True:
+        page = client.search_model_versions(wanted, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _has_step(client: Any, run_id: str, name: str, step: int) -> bool:

@@ -1,7 +1,8 @@
 """The daemon's own memory: rows, tasks, suites, cycles, models, verdicts, promotions, scores, events.
 
 The only module that opens the daemon's DuckDB (through `storage.database`); its SQL is in
-`storage/sql/`, and what it does with labeled rows in `storage.row_store`. Every method that changes
+`storage/sql/`, what it does with labeled rows in `storage.row_store`, and what it knows of removed things in
+`storage.removals`. Every method that changes
 something is one transaction, so that a crash at any moment leaves either all of it or nothing. It keeps
 the rules that must never break, whoever calls: a row once and in one split, a cycle along its arrows, no
 gate promotion without a passing verdict.
@@ -33,13 +34,13 @@ from storage.records import (
     TaskRecord,
     utcnow,
 )
-from storage.row_store import RowStore
+from storage.removals import ANSWERS, Removals
 from storage.survey import Survey
 
 _ID = "store_id"  # the key in meta
 
 
-class Store(RowStore):
+class Store(Removals):
     """The store of one bot. Safe to call from several threads; held by one process at a time."""
 
     @classmethod
@@ -190,6 +191,8 @@ class Store(RowStore):
             for candidate in candidates:
                 self._db.rows("put_candidate", **asdict(candidate))
             self.put_scores(scores)
+            if snapshot is not None:  # one that was pruned is there again
+                self._db.rows("unprune", path=f"snapshots/{snapshot}")
             told = {"reason": reason, "parent": parent, "snapshot": snapshot, "version": version}
             told = {name: value for name, value in told.items() if value is not None}
             started, finished = before.started_at or now, now if to.ended else None
@@ -319,6 +322,7 @@ class Store(RowStore):
         distinct = list({prediction.row_hash: prediction for prediction in predictions}.values())
         if distinct:
             with self._db.transaction():
+                self._db.rows("unprune", path=f"{ANSWERS}{model}")
                 self._db.rows(
                     "insert_predictions", bulk.table(bulk.PREDICTIONS, distinct), model=model, exam=exam
                 )

@@ -184,6 +184,11 @@ def the_store_is_an_older_one(bot: Corrupt) -> None:
     (bot.state / "cycles" / "9").mkdir()
 
 
+@breaks(that.nothing_that_is_needed_was_pruned, "version 1, which serves or is rolled back to")
+def the_champion_is_on_record_as_pruned(bot: Corrupt) -> None:
+    bot.sql("INSERT INTO pruned SELECT result, 'x', created_at, true FROM models WHERE version = 1")
+
+
 @breaks(that.each_row_is_what_its_hash_says, "was changed")
 def a_training_row_is_rewritten(bot: Corrupt) -> None:
     bot.sql("UPDATE rows SET answer = 'teal' WHERE hash = ?", bot.row("train")["hash"])

@@ -1,0 +1,229 @@
+"""What retention lets go is gone and on record; what lineage, rollback, resume and audit need is there."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon import audit, operations, promote, report, retention
+from daemon.executor import Stop
+from storage.errors import ControlError, Interrupted, RegistryUnavailable
+from storage.records import State
+from tests.bots import FLAVOURS, Bot, lesson, make_bot, make_bot_again
+from tests.daemons import cli, read_json
+
+TASKS = ("colours", "flavours", "shapes", "sizes")
+TIGHT: dict[str, object] = {
+    "retention__champions": 1,
+    "retention__rejected": 1,
+    "retention__predictions": 1,
+    "retention__snapshots": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[Bot, Path]:
+    """Four promoted versions, then three rejected ones; and a copy of their state."""
+    bot = make_bot(tmp_path_factory.mktemp("bot"), base, **TIGHT)
+    for task in TASKS:
+        bot.collect(lesson(task, FLAVOURS))
+        assert bot.run().state is State.PROMOTED
+    strict = make_bot_again(bot, base, gate__min_gain=1.0, **TIGHT)
+    for number in range(3):
+        strict.collect(lesson(f"more {number}"))
+        assert strict.run().state is State.REJECTED
+    strict.store.close()
+    copy = tmp_path_factory.mktemp("copy") / "state"
+    shutil.copytree(strict.settings.state_dir, copy)
+    return strict, copy
+
+
+@pytest.fixture
+def bot(grown: tuple[Bot, Path]) -> Iterator[Bot]:
+    made, copy = grown
+    made.reopen()
+    yield made
+    made.store.close()
+    for path in made.settings.state_dir.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "mlflow.db":  # MLflow keeps it open: it is written over
+            path.unlink()
+    shutil.copytree(copy, made.settings.state_dir, dirs_exist_ok=True)
+
+
+def prune(bot: Bot) -> set[str]:
+    return {one.path for one in retention.prune(bot.settings, bot.store, bot.registry)}
+
+
+def findings(bot: Bot) -> list[audit.Finding]:
+    return list(audit.examine(bot.settings, bot.store, bot.registry))
+
+
+def there(bot: Bot, version: int) -> bool:
+    """Whether a version can be answered with, here and from MLflow's copy."""
+    model = bot.store.model(version)
+    assert model is not None
+    listed = {one.version: one for one in bot.registry.look().versions}[version]
+    assert listed.weights is not None
+    here = (bot.settings.state_dir / model.result / "adapter").is_dir()
+    assert here == listed.weights.is_file(), "both copies, or none"
+    return here
+
+
+def test_only_what_may_go_is_gone_and_an_audit_does_not_miss_it(bot: Bot) -> None:
+    before = report.matrix(bot.store)
+    assert findings(bot) == []
+    assert prune(bot)
+    assert findings(bot) == []
+    kept = {version for version in range(1, 8) if there(bot, version)}
+    assert kept == {3, 4, 7}, "a past champion, the champion, the newest rejected one"
+    assert report.matrix(bot.store) == before, "the matrix needs the answers of every ancestor"
+    snapshots = {path.name for path in (bot.settings.state_dir / "snapshots").iterdir()}
+    assert snapshots == {cycle.snapshot for cycle in bot.store.cycles() if cycle.id in kept}
+    assert prune(bot) == set(), "there is nothing to do twice"
+
+
+def test_a_bot_goes_on_learning_and_rolls_back_after_pruning(bot: Bot, base: Path) -> None:
+    prune(bot)
+    relaxed = make_bot_again(bot, base, **TIGHT)
+    relaxed.clock.now = bot.clock.now
+    assert relaxed.run().state is State.PROMOTED, "the rows of the rejected cycles are pending"
+    promote.rollback(relaxed.store, relaxed.registry, "ann", "worse")
+    prune(relaxed)
+    assert findings(relaxed) == []
+    relaxed.store.close()
+    bot.reopen()
+
+
+def test_who_asks_for_a_version_without_files_is_told_so(bot: Bot) -> None:
+    prune(bot)
+    for ask in (
+        lambda: promote.manual(bot.store, bot.registry, 1, "ann", "try"),
+        lambda: operations.serving(bot.settings, bot.store, 1),
+    ):
+        with pytest.raises(ControlError, match=r"version 1 has no files .* that have: 3, 4, 7"):
+            ask()
+    promote.rollback(bot.store, bot.registry, "ann", "worse")
+    with pytest.raises(ControlError, match="version 2 has no files any more"):
+        promote.rollback(bot.store, bot.registry, "ann", "worse still")
+
+
+def test_a_rejected_cycle_says_that_its_numbers_cannot_be_computed_again(bot: Bot) -> None:
+    scores = bot.store.scores(5)
+    prune(bot)
+    assert bot.store.scores(5) == scores, "the numbers stay"
+    assert any("cannot be computed again" in line for line in operations.show(bot.store, 5)["words"])
+    for cycle in (4, 7):
+        assert not any("pruned" in line for line in operations.show(bot.store, cycle)["words"])
+    run = bot.settings.state_dir / "artifacts"
+    assert len(list(run.rglob("predictions.json"))) == 5, "of two rejected versions they are gone"
+
+
+class Killed(BaseException):
+    """As kill -9: nobody catches it."""
+
+
+def test_a_kill_in_the_middle_leaves_nothing_half(bot: Bot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every removal of the first pass, one after the other; and then a pass that is not disturbed."""
+    removed, real = 0, shutil.rmtree
+
+    def dies(path: Any, *args: Any, **options: Any) -> None:
+        nonlocal removed
+        removed += 1
+        real(path, *args, **options)
+        raise Killed
+
+    monkeypatch.setattr(shutil, "rmtree", dies)
+    while True:
+        try:
+            prune(bot)
+        except Killed:
+            bot.reopen()
+        else:
+            break
+        assert removed < 200
+    assert removed > 12
+    monkeypatch.undo()
+    assert findings(bot) == []
+    assert [version for version in range(1, 8) if there(bot, version)] == [3, 4, 7]
+    assert all(one.done for one in bot.store.pruned().values())
+
+
+def test_mlflow_is_told_when_it_is_back(bot: Bot, monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(*args: Any) -> None:
+        raise RegistryUnavailable("MLflow is down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bot.registry, "prune", down)
+        with pytest.raises(RegistryUnavailable):
+            prune(bot)
+    assert not (bot.settings.state_dir / "cycles" / "1").exists(), "all else is gone"
+    assert findings(bot) == []
+    assert prune(bot) == set(), "nothing new"
+    assert not there(bot, 1)
+
+
+def test_an_unfinished_cycle_finds_everything_that_it_needs(bot: Bot) -> None:
+    stop = Stop()
+    bot.executor.before = lambda stage: stop.request("shutdown") if stage == "train" else None
+    cycle = bot.request()
+    with pytest.raises(Interrupted):
+        bot.run(cycle, stop)
+    bot.executor.before = lambda stage: None
+    promote.rollback(bot.store, bot.registry, "ann", "its parent does not serve any more")
+    prune(bot)
+    assert findings(bot) == []
+    assert there(bot, 4)
+    assert bot.run(cycle).state is State.REJECTED
+
+
+def test_a_snapshot_that_is_taken_again_is_no_longer_pruned(bot: Bot) -> None:
+    bot.collect(lesson("more 3"))
+    assert bot.run().state is State.REJECTED, "so the snapshot of cycle 7 may go"
+    prune(bot)
+    seven = bot.store.cycle(7)
+    assert seven is not None
+    assert f"snapshots/{seven.snapshot}" in bot.store.pruned()
+    bot.store.advance(bot.request().id, State.PULLED)
+    again = bot.store.advance(9, State.SNAPSHOTTED, snapshot=seven.snapshot)
+    assert f"snapshots/{again.snapshot}" not in bot.store.pruned()
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, False), (1, True)])
+def test_unfinished_work_of_a_cycle_that_was_stopped_is_kept_only_on_demand(
+    tmp_path: Path, base: Path, keep: int, left: bool
+) -> None:
+    bot = make_bot(tmp_path, base, retention__checkpoints=keep)
+    bot.collect(lesson("colours"))
+    stop = Stop()
+    cycle = bot.request()
+    bot.executor.before = _cancel_at(stop, "evaluate")
+    assert bot.run(cycle, stop).state is State.CANCELLED
+    prune(bot)
+    assert (bot.settings.state_dir / "cycles" / "1" / "train").exists() is left
+    assert findings(bot) == []
+    bot.store.close()
+
+
+def _cancel_at(stop: Stop, wanted: str) -> Callable[[str], None]:
+    def enter(stage: str) -> None:
+        if stage == wanted:
+            stop.request("cancel")
+            stop.check()
+
+    return enter
+
+
+def test_people_can_look_before(bot: Bot) -> None:
+    bot.store.close()
+    config = bot.home / "config.toml"
+    told = read_json(cli(config, "prune", "--dry-run", "--json"))
+    assert {"path": "cycles/1/train", "why": "cycle 1, promoted"} in told["removals"]
+    assert (bot.settings.state_dir / "cycles" / "1").exists()
+    assert "cycles/1/train" in cli(config, "prune").stdout
+    assert not (bot.settings.state_dir / "cycles" / "1").exists()
+    assert "nothing to remove" in cli(config, "prune").stdout
+    bot.reopen()
