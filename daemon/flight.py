@@ -77,6 +77,7 @@ class Flight:
         self._backoff = backoff or Backoff()
         self._housekeeping = housekeeping  # False: something is left to do
         self._untidy = True
+        self._asked = False  # to tidy up, since that was last begun
         self._turn = threading.Condition(threading.RLock())  # guards the queue; waits for work
         self._news = threading.Condition()  # waits for a new activity
         self._stop = Stop()
@@ -123,6 +124,7 @@ class Flight:
         """Something changed: look again for work, and do not wait for the next try."""
         with self._turn:
             self._untidy = self._untidy or untidy
+            self._asked = self._asked or untidy
             self._wake()
 
     def close(self) -> None:
@@ -171,7 +173,7 @@ class Flight:
                     self._stop = Stop()
                     self._tell(cycle_id=unfinished[0].id, progress=None, waiting=None)
                     return unfinished[0]
-                if not self._closing:
+                if not self._closing and not self._asked:  # it may have been asked while it tidied up
                     self._turn.wait(HOUSEKEEPING_SECONDS if self._untidy else None)
         return None
 
@@ -216,7 +218,7 @@ class Flight:
 
     def _tidy(self) -> None:
         if self._untidy:
-            self._untidy = False  # before the work: what comes up meanwhile is not lost
+            self._untidy = self._asked = False  # before the work: what comes up meanwhile is not lost
             if not self._housekeeping():
                 self._untidy = True
 

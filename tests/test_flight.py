@@ -253,3 +253,23 @@ def test_what_could_not_be_tidied_is_tried_again_before_the_next_cycle(tmp_path:
         flight.close()
         flight._thread.join(PATIENCE)
         assert len(tried) == 2
+
+
+def test_what_is_asked_for_while_it_tidies_up_is_not_forgotten(tmp_path: Path) -> None:
+    begun, asked, again = threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def tidy() -> bool:
+        begun.release()
+        if asked.is_set():
+            again.set()
+        return asked.wait(PATIENCE)
+
+    with Store.open(tmp_path / "store.duckdb") as store:
+        flight = Flight(store, lambda: ToyRunner(store), housekeeping=tidy)
+        flight.start()
+        assert begun.acquire(timeout=PATIENCE)
+        flight.wake(untidy=True)
+        asked.set()
+        assert again.wait(PATIENCE)
+        flight.close()
+        flight._thread.join(PATIENCE)
