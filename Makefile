@@ -3,6 +3,7 @@
 # make setup   the virtual environment alone        PYTHON=python3.12 picks another Python
 # make benchmark-quality-small   the quality benchmark on invented rows (minutes)
 # make benchmark-quality CLINC=DIR CLBENCH=DIR   the same on real data (hours); SIZE=wide|ten|full
+# make test-faults FAULTS=500 SEED=1   faults on purpose, an audit after each; FIRST=17 FAULTS=1 repeats one
 # make format  rewrite the code as the formatter wants it
 # make clean   remove caches, build leftovers and demo-state/ (not .venv/)
 
@@ -13,11 +14,15 @@ STAMP := $(VENV)/.set-up
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
+FAULTS ?= 60
+SEED ?= 1
+FIRST ?= 1
+
 SIZE ?= wide
 QUALITY := $(BIN)/python -m benchmarks.quality
 QUALITY_ARGS ?=
 
-.PHONY: setup demo test format clean benchmark-quality benchmark-quality-small
+.PHONY: setup demo test test-faults format clean benchmark-quality benchmark-quality-small
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -40,6 +45,10 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p storage -p strategies -p daemon -p benchmarks
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-faults: setup
+	$(BIN)/python -m tests.faults --faults $(FAULTS) --seed $(SEED) --first $(FIRST) \
+		$(if $(KIND),--kind "$(KIND)") $(if $(GO_ON),--go-on)
 
 # An interrupted benchmark continues with the same command; what is recorded is not run again.
 benchmark-quality: setup

@@ -48,6 +48,8 @@ class DaemonProcess:
     """`daemon run` as a child. Entering waits until it is ready, or says something else to systemd; leaving
     kills it if it still lives."""
 
+    start = staticmethod(subprocess.Popen)  # another way to start a process, for who has one
+
     def __init__(self, config_path: Path, *, until: str = "READY=1", **extra: str) -> None:
         self.config_path = config_path
         self.settings: Settings = config.load(config_path)
@@ -59,7 +61,7 @@ class DaemonProcess:
         self.log = config_path.parent / "daemon.log"
         address = "@" + self._ear.getsockname()[1:].decode()
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
+            self.process = self.start(
                 command(config_path, "run"),
                 stderr=log,
                 cwd=config_path.parent,

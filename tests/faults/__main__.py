@@ -1,0 +1,93 @@
+"""Injects faults, says what came of them: python -m tests.faults --faults 500 --seed 1
+
+Trial n of a seed is always the same; `--first n --faults 1` repeats it. Stops at the first trial that fails
+unless `--go-on` is given, and leaves its bot in the folder.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.faults import bench, kinds
+
+
+def one(made: bench.Bench, seed: int, number: int, chosen: str | None = None) -> tuple[str, bench.Outcome]:
+    """Trial `number` of a seed, of a chosen kind or of one that the dice choose."""
+    dice = random.Random(f"{seed}/{number}")
+    drawn = dice.choice(sorted(kinds.KINDS))
+    name = chosen or drawn
+    trial = made.trial(dice.choice(("new", "taught")), dice)
+    how = kinds.KINDS[name](trial)
+    if name not in kinds.NEEDS_MOUNT:  # those have checked, on the file system that is gone now
+        trial.check()
+    return name, bench.Outcome(went_off=trial.went_off(), how=how)
+
+
+def again(seed: int, number: int, name: str | None = None) -> str:
+    only = f' KIND="{name}"' if name else ""
+    return f"make test-faults FAULTS=1 SEED={seed} FIRST={number}{only}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--faults", type=int, default=60, help="how many trials")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--first", type=int, default=1, help="the number of the first trial")
+    parser.add_argument("--kind", choices=sorted(kinds.KINDS), help="only this kind of fault")
+    parser.add_argument("--folder", type=Path, default=Path(".bench/faults"))
+    parser.add_argument("--go-on", action="store_true", help="after a failure")
+    given = parser.parse_args()
+    made = bench.Bench(given.folder)
+    made.prepare()
+    may_mount = bench.can_mount(made.folder)
+    table: Counter[tuple[str, str]] = Counter()
+    failed = []
+    begun = time.monotonic()
+    for number in range(given.first, given.first + given.faults):
+        name, drawn = given.kind or kinds_name(given.seed, number), time.monotonic()
+        if name in kinds.NEEDS_MOUNT and not may_mount:
+            table[name, "skipped"] += 1
+            continue
+        try:
+            name, outcome = one(made, given.seed, number, given.kind)
+        except Exception as error:
+            failed.append(number)
+            table[name, "failed"] += 1
+            print(
+                f"{number:5} {name}: FAILED: {error}\n      {again(given.seed, number, given.kind)}",
+                flush=True,
+            )
+            if not given.go_on:
+                break
+            continue
+        table[name, outcome.how if outcome.went_off else "missed"] += 1
+        how = outcome.how if outcome.went_off else "missed its place"
+        print(f"{number:5} {name}: {how} ({time.monotonic() - drawn:.1f} s)", flush=True)
+    print_table(table, time.monotonic() - begun, may_mount)
+    return 1 if failed else 0
+
+
+def kinds_name(seed: int, number: int) -> str:
+    return random.Random(f"{seed}/{number}").choice(sorted(kinds.KINDS))
+
+
+def print_table(table: "Counter[tuple[str, str]]", seconds: float, may_mount: bool) -> None:
+    columns = ("recovered", "refused", "missed", "skipped", "failed")
+    print("\n| fault | injected | " + " | ".join(columns) + " |\n|---|" + "---|" * (len(columns) + 1))
+    for name in sorted({name for name, _ in table}):
+        counts = [table[name, column] for column in columns]
+        injected = table[name, "recovered"] + table[name, "refused"] + table[name, "failed"]
+        print(f"| {name} | {injected} | " + " | ".join(map(str, counts)) + " |")
+    injected = sum(n for (_, how), n in table.items() if how not in ("missed", "skipped"))
+    print(f"\n{injected} faults in {seconds / 60:.0f} minutes")
+    if not may_mount:
+        print("a full disk and a read-only state need an account that may mount a tmpfs: skipped")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

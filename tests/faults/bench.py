@@ -1,0 +1,355 @@
+"""The tiny bot of a trial: put back before each, watched while it runs, checked when it is over."""
+
+import json
+import random
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import duckdb
+from safetensors import safe_open
+
+from daemon import config
+from daemon.settings import Settings
+from storage.errors import HoldfastError
+from storage.records import Cycle, State
+from storage.store import Store
+from strategies.contract import result_files
+from tests.bots import FLAVOURS, collect, fresh_mlflow, lesson, write_config
+from tests.daemons import command, environment
+from tests.faults import places, power
+from tests.faults.places import Armed
+from tests.faults.warm import WarmDaemon, WarmProcess
+from tests.toys import tiny_base
+
+PATIENCE = 60.0  # seconds; a trial takes a few
+RESTARTS = 5  # more than a fault that goes off once can ask for
+DISK = 48  # MiB, of the file system that a trial may fill
+
+
+class Broken(AssertionError):
+    """What must hold did not."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """How a trial ended."""
+
+    went_off: bool
+    how: str  # "recovered" by itself, or "refused" with an error first
+    told: str = ""
+
+
+class Bench:
+    """One folder in which trials follow one another, each from a copy of the same beginning.
+
+    Beginnings: `new` has a prepared base and no cycle yet, `taught` has a champion. Both have rows to learn.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.home = self.folder / "home"
+        self.base = self.folder / "base"
+        self.counts: dict[str, dict[str, int]] = {}
+
+    @property
+    def state(self) -> Path:
+        return self.home / "state"
+
+    def prepare(self) -> None:
+        """Makes the beginnings by calm cycles, and counts how often each place is come by; once a folder."""
+        counted = self.folder / "counts.json"
+        if not counted.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            tiny_base(self.base)
+            self._make_new()
+            for beginning in ("new", "taught"):
+                self.put_back(beginning)
+                self._count(beginning)
+                if beginning == "new":
+                    collect(self.home / "qa.duckdb", lesson("flavours", FLAVOURS))
+                    self._keep("taught")
+            counted.write_text(json.dumps(self.counts))
+        self.counts = json.loads(counted.read_text())
+
+    def _make_new(self) -> None:
+        self.home.mkdir()
+        write_config(self.home, self.base)
+        self.state.mkdir(mode=0o700)
+        shutil.copy(fresh_mlflow(), self.state / "mlflow.db")
+        with duckdb.connect(str(self.home / "qa.duckdb")) as source:
+            source.execute("CREATE TABLE qa (id TEXT, task TEXT, question TEXT, answer TEXT, split TEXT)")
+        with WarmDaemon(self.home / "config.toml") as daemon:  # a cycle of nothing prepares the base
+            daemon.ended(daemon.retrain())
+            daemon.stop()
+        (self.state / "store.duckdb").unlink()
+        collect(self.home / "qa.duckdb", lesson("colours"))
+        self._keep("new")
+
+    def _count(self, beginning: str) -> None:
+        with WarmDaemon(
+            self.home / "config.toml", **Armed(home=str(self.home), deed="count").environment()
+        ) as daemon:
+            ended = daemon.ended(daemon.retrain())
+            daemon.stop()
+        assert ended["state"] == "promoted", ended
+        self.counts[beginning] = {}
+        for line in (self.home / "calls").read_text().splitlines():
+            self.counts[beginning][line] = self.counts[beginning].get(line, 0) + 1
+        for path in ("calls", "daemon.pid", "worker.pid", "daemon.log"):
+            (self.home / path).unlink(missing_ok=True)
+
+    def _keep(self, beginning: str) -> None:
+        shutil.copytree(self.home, self.folder / beginning)
+
+    def put_back(self, beginning: str) -> None:
+        if self.state.is_mount():  # an earlier run was killed
+            subprocess.run(["umount", "-l", str(self.state)], check=True)
+        shutil.rmtree(self.home, ignore_errors=True)
+        shutil.copytree(self.folder / beginning, self.home)
+
+    @contextmanager
+    def small_disk(self) -> Iterator[None]:
+        """The state on a file system of its own, which can be filled."""
+        before = self.home / "before"
+        self.state.rename(before)
+        self.state.mkdir()
+        _mount("-t", "tmpfs", "-o", f"size={DISK}m,mode=0700", "tmpfs", str(self.state))
+        try:
+            shutil.copytree(before, self.state, dirs_exist_ok=True)
+            yield
+        finally:
+            subprocess.run(["umount", "-l", str(self.state)], check=True)
+
+    def remount(self, mode: str) -> None:
+        _mount("-o", f"remount,{mode}", str(self.state))
+
+    def trial(self, beginning: str, dice: random.Random) -> "Trial":
+        self.put_back(beginning)
+        return Trial(
+            bench=self,
+            beginning=beginning,
+            dice=dice,
+            home=self.home,
+            counts=self.counts[beginning],
+            settings=config.load(self.home / "config.toml"),
+        )
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One bot, one fault."""
+
+    bench: Bench
+    beginning: str
+    dice: random.Random
+    home: Path
+    counts: dict[str, int]
+    settings: Settings
+    on_death: Callable[[], None] = lambda: None
+    on_wait: Callable[[str], None] = lambda reason: None
+    heard: list[str] = field(default_factory=list)  # reasons for which the daemon waited
+    extra: dict[str, str] = field(default_factory=dict)  # of the daemon's environment
+
+    @property
+    def state(self) -> Path:
+        return self.settings.state_dir
+
+    @property
+    def config(self) -> Path:
+        return self.home / "config.toml"
+
+    @property
+    def number(self) -> int:
+        """Of the cycle that the trial is about."""
+        return 1 if self.beginning == "new" else 2
+
+    def went_off(self) -> bool:
+        return (self.home / "fired").exists()
+
+    def armed(self, **how: Any) -> Armed:
+        return Armed(home=str(self.home), **how)
+
+    def draw(self, process: str, among: tuple[str, ...] = ()) -> dict[str, Any]:
+        return places.draw(self.dice, self.counts, process, among)
+
+    def run_on(self) -> Cycle:
+        """The cycle that was begun, to its end."""
+        return self.run(begun=True)
+
+    def run(self, fault: Armed | None = None, *, begun: bool = False) -> Cycle:
+        """The cycle, to its end, with as many starts of the daemon as that takes."""
+        if fault is not None:
+            self.extra = fault.environment()
+            if fault.deed == "power":
+                power.everything(self.state, self.home / "synced")
+        for start in range(RESTARTS):
+            with self.daemon() as daemon:
+                if start == 0 and not begun:
+                    daemon.retrain()
+                if self._ended(daemon):
+                    break
+            self.on_death()
+        else:
+            raise Broken(f"the daemon ended {RESTARTS} times; its log is {self.home / 'daemon.log'}")
+        return self.cycle()
+
+    def daemon_armed(self, fault: Armed) -> WarmDaemon:
+        return WarmDaemon(self.config, **fault.environment())
+
+    def daemon(self) -> WarmDaemon:
+        return WarmDaemon(self.config, **self.extra)
+
+    def _ended(self, daemon: WarmDaemon) -> bool:
+        """Whether the cycle ended, and the daemon was stopped after that; false when the daemon did first."""
+        deadline, tries = time.monotonic() + PATIENCE, 0
+        while time.monotonic() < deadline:
+            if daemon.process.poll() is not None:
+                return False
+            try:
+                told = daemon.status()
+                unfinished = daemon.call("history", limit=1)["cycles"][0]["state"] in _WORKING
+            except (HoldfastError, OSError):  # it is ending, or its socket is not there yet
+                time.sleep(0.02)
+                continue
+            activity = told["daemon"]["activity"] or {}
+            waiting = activity.get("waiting")
+            if waiting and waiting["tries"] > tries:
+                tries = waiting["tries"]
+                self.heard.append(waiting["reason"])
+                self.on_wait(waiting["reason"])
+                daemon.call("resume")
+            elif not unfinished and activity.get("cycle") is None:
+                code = daemon.stop()
+                if code not in (0, -9):
+                    raise Broken(f"the daemon ended with {code}")
+                return code == 0
+            time.sleep(0.03)
+        raise Broken(f"nothing happened for {PATIENCE:.0f} s; see {self.home / 'daemon.log'}")
+
+    def again(self) -> Cycle:
+        """`daemon retrain-now` after what was wrong is put right."""
+        with self.daemon() as daemon:
+            daemon.retrain()
+            if not self._ended(daemon):
+                raise Broken("the daemon ended, and nothing was wrong any more")
+        return self.cycle()
+
+    def cycle(self) -> Cycle:
+        """The newest one."""
+        with self.store() as store:
+            return store.cycles(1)[0]
+
+    def store(self) -> Store:
+        return Store.open(self.settings.store_path, read_only=True)
+
+    def findings(self) -> list[str]:
+        """What `daemon audit` says. In a process of its own: MLflow keeps databases open that are gone."""
+        with (self.home / "audit.json").open("w+") as said:
+            ran = WarmProcess(
+                command(self.config, "audit", "--json"),
+                stdout_to=said.fileno(),
+                stderr=said,
+                cwd=self.home,
+                env=environment(),
+            )
+            code = ran.wait(PATIENCE)
+            text = (self.home / "audit.json").read_text()
+        try:
+            found = json.loads(text)["findings"]
+        except ValueError:
+            raise Broken(f"`daemon audit` ended with {code}: {text}") from None
+        return [f"{finding['check']}: {finding['message']}" for finding in found]
+
+    # What must hold.
+
+    def check(self) -> None:
+        """After a promotion: the audit is content, nothing is lost or done twice, the champion loads."""
+        if found := self.findings():
+            raise Broken("the audit finds: " + "; ".join(found))
+        self._check_rows()
+        with self.store() as store:
+            self._check_champion(store)
+            self._check_mlflow(store)
+            if unfinished := store.unfinished():
+                raise Broken(f"cycle {unfinished[0].id} is left in the state {unfinished[0].state}")
+        leftovers = [str(p) for name in ("snapshots", "cycles") for p in (self.state / name).glob(".*")]
+        leftovers += [str(p) for p in (self.state / "cycles").glob("*/.*")]
+        if leftovers and not self.went_off():
+            raise Broken(f"left over: {leftovers}")
+
+    def _check_rows(self) -> None:
+        with duckdb.connect(str(self.home / "qa.duckdb"), read_only=True) as source:
+            collected = sorted(source.execute("SELECT id FROM qa").fetchall())
+        with duckdb.connect(str(self.settings.store_path), read_only=True) as raw:
+            stored = sorted(raw.execute("SELECT id FROM rows").fetchall())
+        if collected != stored:
+            raise Broken(f"{len(collected)} rows were collected, {len(stored)} are stored")
+
+    def _check_champion(self, store: Store) -> None:
+        champion = store.champion()
+        model = store.model(champion.version) if champion and champion.version else None
+        if model is None:
+            raise Broken("there is no champion")
+        if left := store.pending(store.lineage(model.version)):
+            raise Broken(f"{len(left)} rows were never learned, the first is {left[0].id}")
+        adapter = result_files(self.state / model.result)["adapter"]
+        with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
+            if not all(tensors.get_tensor(name).isfinite().all() for name in tensors.keys()):  # noqa: SIM118
+                raise Broken("the champion has a weight that is no number")
+
+    def _check_mlflow(self, store: Store) -> None:
+        """One version a cycle, one run that is not deleted, and the run is finished."""
+        with sqlite3.connect(self.state / "mlflow.db") as mlflow:
+            versions = mlflow.execute(
+                "SELECT value, count(*) FROM model_version_tags WHERE key = 'holdfast.cycle' GROUP BY value"
+            ).fetchall()
+            runs = mlflow.execute(
+                "SELECT t.value, count(*), max(r.status) FROM tags t JOIN runs r ON r.run_uuid = t.run_uuid "
+                "WHERE t.key = 'holdfast.cycle' AND r.lifecycle_stage = 'active' AND r.status != 'FAILED' "
+                "GROUP BY t.value"
+            ).fetchall()
+        published = sorted(str(model.cycle_id) for model in store.models())
+        if sorted(versions) != [(cycle, 1) for cycle in published]:
+            raise Broken(f"versions in MLflow by cycle: {versions}, on record: {published}")
+        if sorted(runs) != [(cycle, 1, "FINISHED") for cycle in published]:
+            raise Broken(f"runs in MLflow by cycle: {runs}, on record: {published}")
+
+    def promoted(self, cycle: Cycle) -> None:
+        if cycle.state is not State.PROMOTED:
+            raise Broken(f"cycle {cycle.id} is {cycle.state}: {cycle.reason}")
+
+    def refused(self, cycle: Cycle, *words: str) -> str:
+        """The cycle failed, and says why in words that a person can act on."""
+        reason = cycle.reason or ""
+        if cycle.state is not State.FAILED:
+            raise Broken(f"cycle {cycle.id} is {cycle.state}, and should have failed")
+        if "internal error" in reason or "Traceback" in reason or not any(w in reason for w in words):
+            raise Broken(f"cycle {cycle.id} failed, and says only: {reason}")
+        if "`" not in reason and "; " not in reason:
+            raise Broken(f"cycle {cycle.id} does not say what to do: {reason}")
+        return reason
+
+
+_WORKING = {s.value for s in State if not s.ended}
+
+
+def _mount(*args: str) -> None:
+    subprocess.run(["mount", *args], check=True, capture_output=True)
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this account may mount a file system there."""
+    try:
+        _mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder))
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    subprocess.run(["umount", str(folder)], check=True)
+    return True
