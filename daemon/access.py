@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HERE = Path("config.toml")
 SYSTEM = Path("/etc/holdfast/config.toml")
 SILENCE_SECONDS = 600.0  # an ingest, a slow MLflow or one check of an audit may say nothing for this long
-SLOW = ("audit", "ingest", "promote", "rollback")
+SLOW = ("audit", "erase", "ingest", "promote", "rollback")
 QUICK_SECONDS = 30.0  # for all else: a healthy daemon answers at once, or has a heartbeat
 _PAUSE = 0.2  # seconds between two tries
 RETURN_SECONDS = 60.0  # for a daemon that is restarted under a client that follows a cycle
@@ -186,6 +186,99 @@ def writer(settings: Settings, operation: str) -> Callable[[], dict[str, Any]]:
             return dict(getattr(operations, operation)(store, who))
 
     return direct
+
+
+def status(settings: Settings) -> dict[str, Any]:
+    """What the bot knows; `daemon` is None when none runs."""
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+
+        if not settings.store_path.exists():
+            return {**operations.status(settings, None), "daemon": None}
+        with reading(settings) as store:
+            return {**operations.status(settings, store), "daemon": None}
+
+    return perform(settings, "status", direct)
+
+
+def audit(settings: Settings) -> dict[str, Any]:
+    """Everything that contradicts what must never change."""
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+
+        if not settings.store_path.exists():
+            return operations.audit(settings, None, None)
+        with reading(settings) as store:
+            return operations.audit(settings, store, operations.open_registry(settings, store))
+
+    return perform(settings, "audit", direct)
+
+
+def serving(settings: Settings, version: int | None) -> dict[str, Any]:
+    """Who answers: the champion, or the version."""
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+
+        if not settings.store_path.exists():
+            return {"version": None, "adapter": None, "snapshot": None, "tasks": []}
+        with reading(settings) as store:
+            return operations.serving(settings, store, version)
+
+    return perform(settings, "serving", direct, version=version)
+
+
+def move(settings: Settings, operation: str, **args: Any) -> dict[str, Any]:
+    """Promotes or rolls back."""
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+
+        who = me()
+        with writing(settings, f"daemon {operation}") as store:
+            registry = operations.open_registry(settings, store)
+            if operation == "promote":
+                return operations.promote(store, registry, args["version"], who, args["why"])
+            return operations.rollback(store, registry, who, args["why"])
+
+    return perform(settings, operation, direct, **args)
+
+
+def prune(settings: Settings, *, dry_run: bool) -> dict[str, Any]:
+    """Lets go what may go, or lists it."""
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+
+        if dry_run:
+            with reading(settings) as store:
+                return operations.prunable(settings, store)
+        with writing(settings, "daemon prune") as store:
+            return operations.prune(settings, store, operations.open_registry(settings, store))
+
+    return perform(settings, "prune", direct, dry_run=dry_run)
+
+
+def erase(settings: Settings, why: str, which: dict[str, Any], *, dry_run: bool) -> dict[str, Any]:
+    """Erases the rows that are meant, or says what that would do."""
+
+    def direct() -> dict[str, Any]:
+        from daemon import erasure, operations, promote
+
+        if dry_run:
+            with reading(settings) as store:
+                return operations.erase_plan(store, **which)
+        who = me()
+        with writing(settings, "daemon erase") as store:
+            begun = operations.erase(settings, store, who, why, **which)
+            registry = operations.open_registry(settings, store)
+            erasure.finish(settings, store, registry)
+            promote.repair_alias(store, registry)
+        return {"erasure": begun, "done": True}
+
+    return perform(settings, "erase", direct, why=why, dry_run=dry_run, **which)
 
 
 def me() -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from daemon import audit_cycles, audit_exams, audit_registry, audit_rows, statedir
+from daemon import audit_cycles, audit_erasures, audit_exams, audit_registry, audit_rows, statedir
 from daemon.evidence import BACKUP, Evidence, Wrong, gather
 from daemon.settings import Settings
 from storage.errors import HoldfastError
@@ -127,6 +127,9 @@ CHECKS: tuple[Callable[[Evidence], Iterator[Wrong]], ...] = (
     audit_rows.each_snapshot_has_the_suites_that_were_frozen,
     audit_rows.each_cycle_was_taught_the_rows_of_its_snapshot,
     audit_rows.no_question_of_a_suite_is_learned_from,
+    audit_erasures.each_erasure_is_finished,
+    audit_erasures.no_erased_row_is_left_anywhere,
+    audit_erasures.nothing_that_learned_an_erased_row_serves,
     audit_cycles.no_cycle_is_left_that_nobody_will_continue,
     audit_cycles.each_ended_cycle_says_why_and_when,
     audit_cycles.each_cycle_took_only_arrows_that_exist,

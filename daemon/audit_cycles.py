@@ -153,10 +153,10 @@ def each_result_is_as_it_was_made(evidence: Evidence) -> Iterator[Wrong]:
 
 
 def nothing_that_is_needed_was_pruned(evidence: Evidence) -> Iterator[Wrong]:
-    """The champion, what a rollback returns to, and what an unfinished cycle works on."""
-    for version in champions(evidence.promotions)[-2:]:
+    """The champion, and what an unfinished cycle works on."""
+    for version in champions(evidence.promotions)[-1:]:
         if version in evidence.models and evidence.models[version].result in evidence.pruned:
-            told = f"version {version}, which serves or is rolled back to, was pruned"
+            told = f"version {version}, which serves, was pruned"
             yield Wrong(message=told, next=BACKUP.format(path=evidence.models[version].result))
     for cycle in evidence.cycles.values():
         parent = evidence.models.get(cycle.parent or 0)
@@ -223,7 +223,7 @@ def each_promotion_has_a_verdict_or_a_person_behind_it(evidence: Evidence) -> It
 def _unfounded(evidence: Evidence, line: Promotion) -> str | None:
     if line.version is not None and line.version not in evidence.models:
         return "which is not on record"
-    if line.version is None and line.kind != "rollback":
+    if line.version is None and line.kind not in ("rollback", "erasure"):
         return "which is no version"
     if line.kind != "gate":
         return None if line.who.strip() and line.why.strip() else f"by {line.who!r}, why: {line.why!r}"

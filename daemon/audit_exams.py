@@ -13,6 +13,7 @@ from daemon.audit_cycles import SHOW
 from daemon.audit_rows import STORE
 from daemon.evidence import Evidence, Wrong, same
 from storage.records import Candidate, Cycle, Prediction, Score, StoredRow
+from storage.removals import VEILED
 from storage.snapshots import Snapshot
 from strategies import scoring
 from strategies.contract import Metric
@@ -49,6 +50,8 @@ def each_prediction_is_worth_what_its_text_says(evidence: Evidence) -> Iterator[
 
 
 def _misjudged(told: Prediction, row: StoredRow, metric: Metric | None) -> str | None:
+    if told.prediction == VEILED:
+        return None
     for name, value, worth in (
         ("exact match", told.exact_match, scoring.exact_match(told.prediction, row.answer)),
         ("token F1", told.token_f1, scoring.token_f1(told.prediction, row.answer)),

@@ -138,17 +138,7 @@ def audit(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Check everything that was done: rows, suites, scores, verdicts, versions, files, MLflow."""
     from daemon import access, console
 
-    settings = _settings(config)
-
-    def direct() -> dict[str, Any]:
-        from daemon import operations
-
-        if not settings.store_path.exists():
-            return operations.audit(settings, None, None)
-        with access.reading(settings) as store:
-            return operations.audit(settings, store, operations.open_registry(settings, store))
-
-    told = access.perform(settings, "audit", direct)
+    told = access.audit(_settings(config))
     _show(told, as_json, console.audit)
     raise typer.Exit(int(bool(told["findings"])))
 
@@ -161,17 +151,7 @@ def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """What the bot knows, what the daemon does now, and when it trains next."""
     from daemon import access, console
 
-    settings = _settings(config)
-
-    def direct() -> dict[str, Any]:
-        from daemon import operations
-
-        if not settings.store_path.exists():
-            return {**operations.status(settings, None), "daemon": None}
-        with access.reading(settings) as store:
-            return {**operations.status(settings, store), "daemon": None}
-
-    _show(access.perform(settings, "status", direct), as_json, console.status)
+    _show(access.status(_settings(config)), as_json, console.status)
 
 
 @app.command()
@@ -184,11 +164,8 @@ def history(
     from daemon import access, console
 
     settings = _settings(config)
-    _show(
-        access.perform(settings, "history", access.reader(settings, "history", limit), limit=limit),
-        as_json,
-        console.history,
-    )
+    told = access.perform(settings, "history", access.reader(settings, "history", limit), limit=limit)
+    _show(told, as_json, console.history)
 
 
 @app.command()
@@ -201,11 +178,8 @@ def show(
     from daemon import access, console
 
     settings = _settings(config)
-    _show(
-        access.perform(settings, "show", access.reader(settings, "show", cycle), cycle=cycle),
-        as_json,
-        console.show,
-    )
+    told = access.perform(settings, "show", access.reader(settings, "show", cycle), cycle=cycle)
+    _show(told, as_json, console.show)
 
 
 @app.command()
@@ -248,16 +222,7 @@ def ask(
     from daemon import access, asking, console
 
     settings = _settings(config)
-
-    def direct() -> dict[str, Any]:
-        from daemon import operations
-
-        if not settings.store_path.exists():
-            return {"version": None, "adapter": None, "snapshot": None, "tasks": []}
-        with access.reading(settings) as store:
-            return operations.serving(settings, store, version)
-
-    serving = access.perform(settings, "serving", direct, version=version)
+    serving = access.serving(settings, version)
     answerer = asking.load(settings, serving, task)
     console.err().print(answerer.name, style="dim")
     for asked in [question] if question is not None else asking.questions():
@@ -365,6 +330,41 @@ def rollback(why: WhyOption, config: ConfigOption = None) -> None:
 
 
 @app.command()
+def erase(
+    why: WhyOption,
+    config: ConfigOption = None,
+    row: Annotated[str | None, typer.Option(help="Id in the collector's table, or hash, of one row.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="COLUMN=VALUE; task, source, question, answer or context. Repeatable: all hold."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Only rows of this task.")] = None,
+    before: Annotated[str | None, typer.Option(help="Only rows from before this date, in UTC.")] = None,
+    contains: Annotated[str | None, typer.Option(help="Only rows with this text in them.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would happen.")] = False,
+) -> None:
+    """Forget rows for ever, wherever they are, and every model that learned one of them."""
+    from daemon import access, console
+
+    settings = _settings(config)
+    which: dict[str, Any] = {
+        "row": row,
+        "task": task,
+        "before": before,
+        "contains": contains,
+        "where": where or [],
+    }
+
+    console.erasure_plan(access.erase(settings, why, which, dry_run=True))
+    if dry_run:
+        return
+    if not yes and not typer.confirm("This cannot be undone. Erase?"):
+        raise typer.Exit(1)
+    console.erased(access.erase(settings, why, which, dry_run=False))
+
+
+@app.command()
 def prune(
     config: ConfigOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
@@ -373,18 +373,7 @@ def prune(
     """Remove what [retention] lets go; the daemon does so by itself after every cycle."""
     from daemon import access, console
 
-    settings = _settings(config)
-
-    def direct() -> dict[str, Any]:
-        from daemon import operations
-
-        if dry_run:
-            with access.reading(settings) as store:
-                return operations.prunable(settings, store)
-        with access.writing(settings, "daemon prune") as store:
-            return operations.prune(settings, store, operations.open_registry(settings, store))
-
-    _show(access.perform(settings, "prune", direct, dry_run=dry_run), as_json, console.removals)
+    _show(access.prune(_settings(config), dry_run=dry_run), as_json, console.removals)
 
 
 @app.command()
@@ -454,17 +443,7 @@ def _move(settings: "Settings", operation: str, **args: Any) -> None:
     """Moves the champion and says where it is now."""
     from daemon import access
 
-    def direct() -> dict[str, Any]:
-        from daemon import operations
-
-        who = access.me()
-        with access.writing(settings, f"daemon {operation}") as store:
-            registry = operations.open_registry(settings, store)
-            if operation == "promote":
-                return operations.promote(store, registry, args["version"], who, args["why"])
-            return operations.rollback(store, registry, who, args["why"])
-
-    told = access.perform(settings, operation, direct, **args)
+    told = access.move(settings, operation, **args)
     version = told["champion"]["version"]
     print(f"the champion is {f'version {version}' if version is not None else 'the bare base model'} now")
     if told["warning"]:

@@ -5,7 +5,9 @@ Runs on the control server's client threads; everything it calls may be called f
 
 import inspect
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from strategies import base
 from strategies.contract import PreparedBase, PrepareJob, Progress
 
 HEARTBEAT_SECONDS = 5.0  # so that a follower notices a dead daemon, and the daemon a dead follower
+ERASURE_SECONDS = 120.0  # a client waits for an erasure to be finished; it goes on without
 LINES_A_SECOND = 10.0  # of progress that a follower gets at most
 # Which of the worker's stages report progress while a cycle stands where.
 _STAGES = {
@@ -151,6 +154,40 @@ class Commands:
     def do_rollback(self, request: Request, why: str) -> dict[str, Any]:
         daemon = self._daemon
         return self._moved(operations.rollback(daemon.store, daemon.registry, request.who, why))
+
+    def do_erase(
+        self,
+        request: Request,
+        why: str,
+        where: list[str],
+        row: str | None = None,
+        task: str | None = None,
+        before: str | None = None,
+        contains: str | None = None,
+        dry_run: bool = True,
+    ) -> dict[str, Any]:
+        """Begun at once, finished between two cycles: a cycle that runs is cancelled for it."""
+        daemon = self._daemon
+        which = {"row": row, "task": task, "before": before, "contains": contains, "where": where}
+        if dry_run:
+            return operations.erase_plan(daemon.store, **which)
+        begun = operations.erase(daemon.settings, daemon.store, request.who, why, **which)
+        for cycle in daemon.store.unfinished():
+            if daemon.store.is_cancelled(cycle.id):
+                with suppress(ControlError):  # it has ended meanwhile
+                    daemon.flight.cancel(request.who, cycle.id)
+        daemon.flight.wake(untidy=True)
+        return {"erasure": begun, "done": self._await_erasure(begun["id"], request)}
+
+    def _await_erasure(self, number: int, request: Request) -> bool:
+        """Whether it was finished while the client could be kept waiting."""
+        deadline, pace = time.monotonic() + ERASURE_SECONDS, threading.Event()
+        while time.monotonic() < deadline and not self._daemon.flight.closing:
+            if any(one.id == number and one.done_at for one in self._daemon.store.erasures()):
+                return True
+            request.emit({"erasure": number})
+            pace.wait(0.2)
+        return False
 
     def do_ingest(self, request: Request, paths: list[str]) -> dict[str, Any]:
         daemon = self._daemon

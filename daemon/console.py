@@ -265,6 +265,31 @@ def trade_off(attempt: dict[str, Any]) -> Table:
     return shown
 
 
+def erasure_plan(told: dict[str, Any]) -> None:
+    """What an erasure will do, before anybody says yes."""
+    console = out()
+    for each in told["rows"]:
+        console.print(f"{each['rows']:,} {each['split']} rows of {line(each['task'], 60)} will be erased")
+    if told["quarantined"]:
+        console.print(f"{told['quarantined']:,} quarantined rows will be erased")
+    if told["suites"]:
+        console.print(f"suites that lose a row: {', '.join(line(suite, 60) for suite in told['suites'])}")
+    if told["versions"]:
+        console.print(f"versions that learned one and go: {', '.join(map(str, told['versions']))}")
+    champion = f"version {told['champion']}" if told["champion"] is not None else "the bare base model"
+    if told["moves"]:
+        console.print(f"the champion will be {champion}, until what else was learned since is learned again")
+    console.print("a cycle that runs is cancelled; its rows stay pending")
+
+
+def erased(told: dict[str, Any]) -> None:
+    number = told["erasure"]["id"]
+    if told["done"]:
+        out().print(f"erasure {number} is done; rows in the collector's own file are yours to remove there")
+    else:
+        out().print(f"erasure {number} is begun and goes on by itself, see the daemon's log")
+
+
 def removals(told: dict[str, Any]) -> None:
     """What goes, or would."""
     if not told["removals"]:

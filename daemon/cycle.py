@@ -263,6 +263,8 @@ class CycleRunner:
         if not verdict[0]:
             return self._end(cycle.id, State.REJECTED, cycle.reason or "rejected", version)
         with self.store.transaction():  # a rollback or promotion by hand comes before this or after it
+            if self.store.is_cancelled(cycle.id):  # by an erasure: it may have learned the row
+                raise Cancelled()
             current = self.store.champion()
             serving = current.version if current else None
             if serving == cycle.parent:

@@ -55,6 +55,7 @@ class Evidence:
     members: dict[tuple[str, int], set[str]]  # hashes of the rows of each suite version
     scores: list[Score]
     sat: dict[tuple[str, str], int]  # (model, exam) to the number of answers
+    lacking: set[tuple[str, int]]  # suite versions of which a row was erased since
     pruned: frozenset[str]  # what was removed on purpose, by its path
     tick: Callable[[], None]  # called again and again, so that who waits knows that work goes on
 
@@ -133,7 +134,7 @@ class Evidence:
         if stranger is not None:
             return f"{name} has row {stranger.hash}, which is a {stranger.split} row of {stranger.task!r} now"
         digest = snapshots.suite_hash(rows)
-        if digest != suite.hash:
+        if digest != suite.hash and (suite.task, suite.version) not in self.lacking:
             return f"{name} is not the one that was frozen (hash {digest[:12]}, frozen as {suite.hash[:12]})"
         return None
 
@@ -141,7 +142,7 @@ class Evidence:
     def altered_rows(self) -> list[StoredRow]:
         """Rows whose text is not what their identity was made from, but for those of broken suites."""
         spoiled = set().union(*(self.members.get(suite, set()) for suite in self.broken_suites))
-        return [row for row in self._rows() if row.hash not in spoiled and identity(row) != _said(row)]
+        return [row for row in self.every_row() if row.hash not in spoiled and identity(row) != _said(row)]
 
     @cached_property
     def untrue_rows(self) -> set[str]:
@@ -149,7 +150,7 @@ class Evidence:
         spoiled = set().union(*(self.members.get(suite, set()) for suite in self.broken_suites))
         return spoiled | {row.hash for row in self.altered_rows}
 
-    def _rows(self) -> Iterator[StoredRow]:
+    def every_row(self) -> Iterator[StoredRow]:
         for task in sorted(self.store.row_counts()):
             for split in Split:
                 yield from self.store.task_rows(task, split)
@@ -226,8 +227,8 @@ class Evidence:
         }
 
     def is_pruned(self, score: Score) -> bool:
-        """Whether the answers behind a score were removed on purpose: it stays, and proves itself no more."""
-        return f"{ANSWERS}{score.model}" in self.pruned
+        """Whether answers behind a score were removed on purpose: it stays, and proves itself no more."""
+        return f"{ANSWERS}{score.model}" in self.pruned or (score.task, score.version) in self.lacking
 
     def is_whole(self, score: Score) -> bool:
         """Whether there is an answer to every row of the score's suite, and to no other."""
@@ -272,6 +273,7 @@ def gather(settings: Settings, store: Store, registry: Registry, tick: Callable[
             members=store.survey().suite_members(),
             scores=store.scores(),
             sat=store.survey().sat(),
+            lacking=store.suites_lacking(),
             pruned=frozenset(store.pruned()),
             tick=tick,
         )

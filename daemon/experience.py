@@ -75,8 +75,11 @@ def _freeze_suite(store: Store, settings: Settings, task: str, current: Suite | 
     old = store.suite_rows(task, current.version) if current else []
     stale = store.superseded([row.hash for row in old])
     enough = len(held_out) >= settings.gate.min_suite_rows
-    if stale or (enough and _has_grown(len(old), min(limit, len(held_out)), settings)):
+    erased = current is not None and len(old) < current.size
+    if stale or erased or (enough and _has_grown(len(old), min(limit, len(held_out)), settings)):
         rows = _next_suite(old, stale, held_out, limit)
+        if not rows:
+            return
         store.freeze_suite(task, [row.hash for row in rows], snapshots.suite_hash(rows), cycle_id)
 
 

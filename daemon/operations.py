@@ -109,7 +109,7 @@ def serving(settings: Settings, store: Store, wanted: int | None = None) -> dict
     return {
         "version": chosen,
         "adapter": str(settings.state_dir / found.result / "adapter") if found else None,
-        "snapshot": cycle.snapshot if cycle else None,
+        "snapshot": cycle.snapshot if cycle and f"snapshots/{cycle.snapshot}" not in store.pruned() else None,
         "tasks": [plain(task) for task in store.tasks()],
     }
 
@@ -147,6 +147,7 @@ def prunable(settings: Settings, store: Store) -> dict[str, Any]:
     return {
         "removals": [plain(one) for one in retention.plan(settings, store)],
         "pruned": len(store.pruned()),
+        "left": sum(not one.done for one in store.pruned().values()),  # in MLflow
     }
 
 
@@ -206,6 +207,30 @@ def prune(settings: Settings, store: Store, registry: Registry) -> dict[str, Any
         "removals": [plain(one) for one in retention.prune(settings, store, registry)],
         "pruned": len(store.pruned()),
     }
+
+
+def erase_plan(store: Store, **which: Any) -> dict[str, Any]:
+    """What `erase` would do, in numbers and names; never a row's text."""
+    from daemon import erasure
+
+    found = erasure.plan(store, erasure.choice(**which))
+    counts = Counter((row.task, row.split.value) for row in found.rows)
+    return {
+        "rows": [{"task": task, "split": split, "rows": n} for (task, split), n in sorted(counts.items())],
+        "quarantined": len(found.quarantined),
+        "versions": found.versions,
+        "suites": found.suites,
+        "champion": found.champion,
+        "moves": found.moves,
+    }
+
+
+def erase(settings: Settings, store: Store, who: str, why: str, **which: Any) -> dict[str, Any]:
+    """Begins an erasure; `erasure.finish` does the rest, between two cycles."""
+    from daemon import erasure
+
+    _check_why(why)
+    return dict(plain(erasure.begin(settings, store, erasure.choice(**which), who, why)))
 
 
 def ingest(

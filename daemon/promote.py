@@ -62,7 +62,10 @@ def rollback(store: Store, registry: Registry, who: str, why: str) -> Promotion:
 
 
 def check_has_files(store: Store, version: int) -> None:
-    """Raises `ControlError` for a version whose files were removed on purpose: nobody can answer with it."""
+    """Raises `ControlError` for a version that nobody can answer with, or may: its files were removed on
+    purpose, or it learned what was erased."""
+    if version in store.tainted():
+        raise ControlError(f"version {version} learned a row that was erased; see `daemon history`")
     models, pruned = {model.version: model.result for model in store.models()}, store.pruned()
     gone = pruned.get(models.get(version, ""))
     if gone is not None:
@@ -96,6 +99,9 @@ def champions(lines: Sequence[Promotion]) -> list[int]:
     for line in lines:
         if line.kind == "rollback":
             stack.pop()
+        elif line.kind == "erasure":  # what came later may have learned it
+            stack = [version for version in stack if line.version is not None and version < line.version]
+            stack += [] if line.version is None else [line.version]
         elif line.version is not None:
             stack.append(line.version)
     return stack

@@ -16,7 +16,7 @@ from daemon.settings import Settings
 from storage import artifacts, snapshots
 from storage.records import Candidate, Cycle, ModelVersion, Score
 from storage.registry import CycleRecord, Matrix, Registry
-from storage.runs import TradeOff
+from storage.runs import CLASSES, TradeOff
 from storage.store import Store
 from strategies.contract import StrategySpec, TrainReport, result_files
 
@@ -95,7 +95,7 @@ def _record(
             "verdict.json": verdict,
             "matrix.json": asdict(table) if table else None,
             "training.json": json.loads(training.to_json()),
-            "classification.json": classified,
+            CLASSES: classified,
             "attempts.json": told["attempts"],
         },
         texts={"verdict.md": words},

@@ -84,8 +84,10 @@ def what_stays(settings: Settings, store: Store) -> Kept:
     stopped = [cycle for cycle in cycles if cycle.state in (State.FAILED, State.CANCELLED)]
     whole = {cycle.id for cycle in (*busy, *stopped[: keep.checkpoints])}
     served = {line.version for line in store.promotions()}
+    tainted = store.tainted()
     rejected = [model for version, model in sorted(models.items(), reverse=True) if version not in served]
     versions = set(_champions(store, keep.champions))
+    versions -= tainted
     versions |= {model.version for model in rejected[: keep.rejected]} | set(sorted(models)[-1:])
     versions |= {cycle.parent for cycle in busy if cycle.parent is not None}
     mine = {models[version].cycle_id for version in versions}

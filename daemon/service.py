@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from daemon import config, journal, operations, promote, retention, schedule, statedir
+from daemon import config, erasure, journal, operations, promote, retention, schedule, statedir
 from daemon.commands import Commands, CycleExecutor, Daemon, make_executor
 from daemon.control import ControlServer
 from daemon.cycle import CycleRunner
@@ -196,7 +196,16 @@ class Service:
 
     def _housekeeping(self) -> bool:
         """Between two cycles; false when something is left to do."""
-        return self._repair_alias() & self._prune()
+        return self._erase() & self._repair_alias() & self._prune()
+
+    def _erase(self) -> bool:
+        daemon = self._daemon
+        try:
+            erasure.finish(daemon.settings, daemon.store, daemon.registry)
+        except (HoldfastError, OSError) as error:
+            log.warning("an erasure is not finished: %s", error, extra={"action": "unerased"})
+            return False
+        return True
 
     def _prune(self) -> bool:
         daemon = self._daemon

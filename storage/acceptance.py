@@ -23,6 +23,7 @@ class OnRecord:
     answers: dict[str, list[Answer]]  # by key, oldest first
     splits: dict[str, Split]  # by question key
     told: dict[tuple[str, str], Told]  # what the source's row with an id said last, by key and id
+    erased: frozenset[str] = frozenset()  # hashes of rows that must not come back
 
 
 @dataclass(kw_only=True)
@@ -87,6 +88,7 @@ class _Desk:
         self.seq, self.now = seq, now
         self.answers = {key: {a.hash: a for a in found} for key, found in record.answers.items()}
         self.splits, self.told = dict(record.splits), dict(record.told)
+        self.erased = record.erased
         self.counted = {a.hash: a.counts for found in record.answers.values() for a in found}
         self.fresh: list[StoredRow] = []
         self.rejected: list[Rejected] = []
@@ -94,6 +96,8 @@ class _Desk:
         self.moved: dict[str, str | None] = {}  # row → the one that took its place; None: it counts
 
     def take(self, row: Row, row_hash: str, key: str, question_key: str) -> None:
+        if row_hash in self.erased:
+            return
         last, at = self.told.get((key, row.id), (None, None))
         given = self._time_of(row)
         if last == row_hash and not _is_news(given, at):

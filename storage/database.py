@@ -8,6 +8,7 @@ begin to commit.
 import os
 import re
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 # Extensions are never fetched: everything the store needs is built in.
 _CONFIG = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+_PATIENCE = 30.0  # seconds for a reader to go
 _HOLDER = re.compile(r"PID (\d+)")
 _MIGRATION = re.compile(r"^(\d{3})_\w+\.sql$")
 
@@ -104,6 +106,28 @@ class Database:
             finally:
                 self._depth -= 1
 
+    def rewrite(self) -> None:
+        """Puts a copy in the file's place that has nothing but what is in the tables now.
+
+        A crash leaves the old file or the new one. Raises `StoreBusy` when a reader comes in between.
+        """
+        aside = self.path.with_name(f".{self.path.name}.new")
+        with self._lock, self._in_words():
+            assert self._depth == 0, "a transaction is open"
+            for leftover in (aside, aside.with_name(f"{aside.name}.wal")):
+                leftover.unlink(missing_ok=True)
+            connection = self._use()
+            connection.execute("CHECKPOINT")
+            name = connection.execute("SELECT current_database()").fetchone()[0]
+            quoted = name.replace('"', '""'), str(aside).replace("'", "''")
+            connection.execute(f"ATTACH '{quoted[1]}' AS holdfast_new")
+            connection.execute(f'COPY FROM DATABASE "{quoted[0]}" TO holdfast_new')
+            connection.execute("DETACH holdfast_new")
+            connection.close()  # writes its journal into the file that goes
+            self._connection = None
+            os.replace(aside, self.path)
+            self._connection = _reconnect(self.path)
+
     def rows(self, query: str, given: Any = None, **values: Any) -> list[tuple[Any, ...]]:
         """All rows of a named query."""
         return self._run(query, given, values)[1]
@@ -166,6 +190,18 @@ def _connect(path: Path, *, read_only: bool) -> Any:
         raise StoreError(f"the folder of the store cannot be made: {error}; check bot.state_dir") from None
     except duckdb.Error as error:
         raise _explain(path, error) from None
+
+
+def _reconnect(path: Path) -> Any:
+    """A command that only reads may have come in between; it is gone in a moment."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return _connect(path, read_only=False)
+        except StoreBusy:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _explain(path: Path, error: Exception) -> StoreError:

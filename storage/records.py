@@ -294,3 +294,29 @@ class Pruned:
     why: str
     at: datetime
     done: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """Which rows are meant: those for which everything that is given holds. `row` is an id or a hash."""
+
+    row: str | None = None
+    task: str | None = None
+    source: str | None = None
+    question: str | None = None
+    answer: str | None = None
+    context: str | None = None
+    before: datetime | None = None
+    contains: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Erasure:
+    """Rows that had to be forgotten: who asked, and whether it is done. `rebuild`: the champion knew them."""
+
+    id: int
+    who: str
+    why: str
+    at: datetime
+    rebuild: bool
+    done_at: datetime | None

@@ -11,25 +11,23 @@ Whatever an interrupted attempt left before that is removed and written again.
 
 import json
 import logging
-import math
 import os
 import shutil
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from storage import runs
+from storage import mlflow_client, runs
 from storage.errors import IntegrityError, RegistryError, RegistryUnavailable
 from storage.reach import absolute, is_server, obstacle, redact, sqlite_path
-from storage.runs import CycleRecord, Listed, Listing, Matrix, Point
+from storage.runs import CycleRecord, Listed, Listing, Matrix
 
 __all__ = ["CycleRecord", "Listed", "Listing", "Matrix", "Registry"]
 
@@ -63,7 +61,6 @@ _QUIET = {
 }
 # What a served model imports; versions are those of this machine.
 _REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "safetensors", "tokenizers", "holdfast")
-_METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100  # MLflow's own limits of one batch
 _EXAMPLE = {"question": "What is the capital of France?", "context": "", "task": ""}
 # Errors that another day may cure, as opposed to requests that MLflow will always refuse.
 _PASSING = frozenset(
@@ -140,7 +137,7 @@ class Registry:
             self._remove_runs(client, experiment, cycle_id)
             tags = {**(tags or {}), REASON_TAG: reason, "mlflow.note.content": reason}
             run = self._create_run(client, experiment, cycle_id, tags, started_at)
-            _log_params(client, run.info.run_id, params)
+            mlflow_client.log_params(client, run.info.run_id, params)
             self._finish(client, run.info.run_id, "FAILED", finished_at)
 
     def log_stream(
@@ -153,8 +150,8 @@ class Registry:
         with self._mlflow() as (client, experiment):
             run_id = self._stream_run(client, experiment)
             points = [(runs.key(name), value, step) for name, value in metrics.items()]
-            new = [point for point in points if not _has_step(client, run_id, point[0], step)]
-            _log_metrics(client, run_id, new, int(time.time() * 1000))
+            new = [point for point in points if not mlflow_client.has_step(client, run_id, point[0], step)]
+            mlflow_client.log_metrics(client, run_id, new, int(time.time() * 1000))
             if matrix is not None:
                 with self._staging() as folder:
                     runs.write_matrix(folder, matrix)
@@ -200,21 +197,30 @@ class Registry:
         """
         with self._mlflow() as (client, _):
             wanted = f"name = '{self._bot}' and {self._ours({})}"
-            found = [one for one in _all_versions(client, wanted) if int(one.version) == version]
+            found = [one for one in mlflow_client.all_versions(client, wanted) if int(one.version) == version]
             for one in found:
-                self._remove_files(client, one.run_id, files)
+                mlflow_client.remove_files(client, self._uri, one.run_id, files)
                 for key, value in runs.tags(tags).items():
                     client.set_model_version_tag(self._bot, str(version), key, value)
 
-    def _remove_files(self, client: Any, run_id: str, files: Sequence[str]) -> None:
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-        place = get_artifact_repository(client.get_run(run_id).info.artifact_uri, self._uri, self._uri)
-        for name in files:
-            try:
-                place.delete_artifacts(name)
-            except NotImplementedError:
-                logger.warning("MLflow's artifacts cannot be removed", extra={"action": "registry.prune"})
+    def erase(self, rows: Collection[str], cycles: Collection[int], tags: Mapping[str, str]) -> None:
+        """Takes rows out of all that MLflow has: their lines in tables of predictions, and of the cycles that
+        learned them all files but numbers and pictures. The tags go to the versions of these cycles."""
+        shutil.rmtree(self._artifact_root / ".staging", ignore_errors=True)
+        with self._mlflow() as (client, experiment):
+            for run in self._runs(client, experiment, {}, "attributes.status = 'RUNNING'"):
+                if CYCLE_TAG in run.data.tags:  # the other one is the stream's
+                    self._remove_runs(client, experiment, int(run.data.tags[CYCLE_TAG]))
+            for one in mlflow_client.all_versions(client, f"name = '{self._bot}' and {self._ours({})}"):
+                if int(one.tags.get(CYCLE_TAG, 0)) in cycles:
+                    mlflow_client.remove_files(
+                        client, self._uri, one.run_id, (MODEL_DIR, runs.PREDICTIONS, runs.CLASSES)
+                    )
+                    for key, value in runs.tags(tags).items():
+                        client.set_model_version_tag(self._bot, one.version, key, value)
+                else:
+                    with self._staging() as folder:
+                        mlflow_client.remove_lines(client, self._uri, one.run_id, rows, folder)
 
     def look(self) -> Listing:
         """What MLflow has of this store. Makes nothing: no database, no experiment."""
@@ -227,7 +233,9 @@ class Registry:
                 return Listing()
             aliases = {name: int(version) for name, version in models[0].aliases.items()}
             wanted = f"name = '{self._bot}' and {self._ours({})}"
-            versions = [self._listed(client, version) for version in _all_versions(client, wanted)]
+            versions = [
+                self._listed(client, version) for version in mlflow_client.all_versions(client, wanted)
+            ]
         return Listing(aliases=aliases, versions=tuple(sorted(versions, key=lambda one: one.version)))
 
     # --- the connection ---------------------------------------------------------------------
@@ -367,8 +375,8 @@ class Registry:
             tags["mlflow.loggedArtifacts"] = json.dumps([{"path": runs.PREDICTIONS, "type": "table"}])
         run = self._create_run(client, experiment, record.cycle_id, tags, record.started_at)
         run_id = run.info.run_id
-        _log_params(client, run_id, record.params)
-        _log_metrics(client, run_id, runs.points(record), runs.milliseconds(record.finished_at))
+        mlflow_client.log_params(client, run_id, record.params)
+        mlflow_client.log_metrics(client, run_id, runs.points(record), runs.milliseconds(record.finished_at))
         with self._staging() as folder:
             runs.write_files(folder, record)
             self._save_model(folder / MODEL_DIR, run_id, record)
@@ -478,38 +486,3 @@ def _prepare() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow warns about its own type hints while it is imported
         import mlflow.pyfunc  # noqa: F401
-
-
-def _all_versions(client: Any, wanted: str) -> Iterator[Any]:
-    """Every page of a search."""
-    token = None
-    while True:
-        page = client.search_model_versions(wanted, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _has_step(client: Any, run_id: str, name: str, step: int) -> bool:
-    return any(point.step == step for point in client.get_metric_history(run_id, name))
-
-
-def _log_metrics(client: Any, run_id: str, points: Sequence[Point], at: int | None) -> None:
-    from mlflow.entities import Metric
-
-    metrics = (
-        Metric(name, float(value), at, step)
-        for name, value, step in points
-        if value is not None and math.isfinite(value)  # MLflow would store inf as 1.8e308
-    )
-    while batch := list(islice(metrics, _METRICS_AT_ONCE)):
-        client.log_batch(run_id, metrics=batch)
-
-
-def _log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
-    from mlflow.entities import Param
-
-    rest = (Param(runs.key(name), str(value)) for name, value in params.items())
-    while batch := list(islice(rest, _PARAMS_AT_ONCE)):
-        client.log_batch(run_id, params=batch)

@@ -1,15 +1,17 @@
-"""The part of the store that knows what was removed on purpose.
+"""The part of the store that knows what was removed on purpose, and that erases rows.
 
 Opens nothing; `storage.store.Store` is this and all the rest.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from storage import bulk
-from storage.records import Pruned
+from storage.records import Choice, Erasure, Pruned, StoredRow
 from storage.row_store import RowStore
 
 ANSWERS = "predictions/"  # how the path of a model's answers begins
+VEILED = "(erased)"  # an answer that only an erased row had, where a model gave it to another question
 MLFLOW = "mlflow/"  # and that of files which MLflow has
 
 
@@ -38,3 +40,67 @@ class Removals(RowStore):
         """MLflow, too, has removed it."""
         with self._db.transaction():
             self._db.rows("pruned_done", path=path)
+
+    # -- erasures ----------------------------------------------------------------------------------
+
+    def chosen_rows(self, choice: Choice) -> list[StoredRow]:
+        """The rows that are meant, in order of acceptance. What is given is only ever compared with."""
+        return self._db.all(bulk.row, "chosen_rows", **asdict(choice))
+
+    def erase(
+        self, hashes: Sequence[str], tainted: Sequence[int], *, rebuild: bool, who: str, why: str
+    ) -> Erasure:
+        """Remove rows and quarantined rows from every table, but for their hashes, and mark the versions.
+
+        The file still has their bytes: `rewrite` it afterwards.
+        """
+        with self._db.transaction():
+            erasure = self._db.one(
+                Erasure, "insert_erasure", who=who, why=why, rebuild=rebuild, now=self.clock()
+            )
+            assert erasure is not None
+            self._db.rows("insert_erased", bulk.column(hashes), erasure=erasure.id)
+            self.taint(tainted, erasure.id)
+            for query in (
+                "erase_quarantine", "erase_labels", "erase_predictions", "veil_predictions",
+                "heir_supersessions", "erase_supersessions", "erase_rows",
+            ):  # fmt: skip
+                self._db.rows(query)
+            self.event("erased", erasure=erasure.id, rows=len(hashes), who=who, why=why)
+            return erasure
+
+    def taint(self, versions: Sequence[int], erasure: int) -> None:
+        """Mark versions that learned an erased row."""
+        with self._db.transaction():
+            for version in versions:
+                self._db.rows("insert_tainted", version=version, erasure=erasure)
+
+    def erasures(self) -> list[Erasure]:
+        return self._db.all(Erasure, "erasures")
+
+    def erasure_done(self, erasure: int) -> None:
+        with self._db.transaction():
+            self._db.rows("erasure_done", id=erasure, now=self.clock())
+
+    def erased(self) -> set[str]:
+        """Hashes of everything that was erased."""
+        return {row for (row,) in self._db.rows("erased")}
+
+    def tainted(self) -> set[int]:
+        """Versions that learned an erased row, or grew out of one that did."""
+        return {version for (version,) in self._db.rows("tainted")}
+
+    def taught(self, hashes: Sequence[str] | None = None) -> set[int]:
+        """Cycles that used one of the rows; None: one of those that were erased."""
+        found = (
+            self._db.rows("taught") if hashes is None else self._db.rows("taught_given", bulk.column(hashes))
+        )
+        return {cycle for (cycle,) in found}
+
+    def suites_lacking(self) -> set[tuple[str, int]]:
+        """Frozen suites (task, version) that had a row which was erased since."""
+        return {(task, version) for task, version in self._db.rows("suites_lacking")}
+
+    def rewrite(self) -> None:
+        """Writes the whole store into a new file: what was deleted stays in the old one's free blocks."""
+        self._db.rewrite()

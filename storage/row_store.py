@@ -111,6 +111,7 @@ class RowStore:
             answers={key: [answer for k, answer in group] for key, group in groupby(found, itemgetter(0))},
             splits={key: Split(split) for key, split in splits},
             told={(key, row_id): (row_hash, at) for key, row_id, row_hash, at in told},
+            erased=frozenset(h for (h,) in self._db.rows("erased_given", bulk.column([r[1] for r in rows]))),
         )
 
     def _told(self, rows: Sequence[Row], source: str) -> list[tuple[Any, ...]]:

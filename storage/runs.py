@@ -7,7 +7,7 @@ from users: whatever they hold, they become one legal name each, and a file neve
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from storage.errors import RegistryError
 
 PREDICTIONS = "predictions.json"
+CLASSES = "classification.json"
 MATRIX = "accuracy_matrix"
 _KEY_LENGTH, _TAG_LENGTH = 250, 5000  # what every MLflow backend stores
 _ILLEGAL = re.compile(r"[^\w\-. :]", re.ASCII)
@@ -158,6 +159,14 @@ def tags(values: Mapping[str, str]) -> dict[str, str]:
 def milliseconds(at: datetime | None) -> int | None:
     """MLflow's time of a naive UTC time."""
     return None if at is None else int(at.replace(tzinfo=UTC).timestamp() * 1000)
+
+
+def without(text: str, rows: Collection[str]) -> str | None:
+    """A table of predictions without the lines of these rows; None: it has none of them."""
+    table = json.loads(text)
+    place = table["columns"].index("row")
+    left = [line for line in table["data"] if line[place] not in rows]
+    return None if len(left) == len(table["data"]) else _json({**table, "data": left})
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -115,13 +115,14 @@ class Store(Removals):
         return {suite.task: suite for suite in self._db.all(Suite, "latest_suites")}
 
     def suite_rows(self, task: str, version: int) -> list[StoredRow]:
-        """The rows of a frozen suite, sorted by hash."""
+        """The rows of a frozen suite, sorted by hash; without those that were erased since."""
         with self._db.transaction():
             suite = self._db.one(Suite, "suite", task=task, version=version)
             rows = self._db.all(bulk.row, "suite_rows", task=task, version=version)
+            erased = int(self._db.value("lacking", task=task, version=version))
         if suite is None:
             raise StoreError(f"there is no suite {task}@v{version}; `daemon status` names the tasks")
-        if len(rows) != suite.size:
+        if len(rows) + erased != suite.size:
             raise IntegrityError(
                 f"the suite {task}@v{version} was frozen with {suite.size} rows and has {len(rows)}; "
                 "restore the store from a backup and run `daemon doctor`"
@@ -298,6 +299,8 @@ class Store(Removals):
             model = None if version is None else self.model(version)
             if version is not None and model is None:
                 raise _no_model(version)
+            if version in self.tainted():
+                raise StoreError(f"version {version} learned a row that was erased; see `daemon history`")
             if kind == "gate":
                 self._require_passed(cycle_id)
                 if model is None or model.cycle_id != cycle_id:

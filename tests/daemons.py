@@ -50,7 +50,9 @@ class DaemonProcess:
 
     start = staticmethod(subprocess.Popen)  # another way to start a process, for who has one
 
-    def __init__(self, config_path: Path, *, until: str = "READY=1", **extra: str) -> None:
+    def __init__(
+        self, config_path: Path, *, until: str = "READY=1", argv: list[str] | None = None, **extra: str
+    ) -> None:
         self.config_path = config_path
         self.settings: Settings = config.load(config_path)
         self._ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -62,7 +64,7 @@ class DaemonProcess:
         address = "@" + self._ear.getsockname()[1:].decode()
         with self.log.open("a") as log:
             self.process = self.start(
-                command(config_path, "run"),
+                argv or command(config_path, "run"),
                 stderr=log,
                 cwd=config_path.parent,
                 env=environment(NOTIFY_SOCKET=address, **extra),

@@ -184,9 +184,24 @@ def the_store_is_an_older_one(bot: Corrupt) -> None:
     (bot.state / "cycles" / "9").mkdir()
 
 
-@breaks(that.nothing_that_is_needed_was_pruned, "version 1, which serves or is rolled back to")
+@breaks(that.nothing_that_is_needed_was_pruned, "version 1, which serves")
 def the_champion_is_on_record_as_pruned(bot: Corrupt) -> None:
     bot.sql("INSERT INTO pruned SELECT result, 'x', created_at, true FROM models WHERE version = 1")
+
+
+@breaks(that.each_erasure_is_finished, "erasure 1 was begun")
+def an_erasure_was_never_finished(bot: Corrupt) -> None:
+    bot.sql("INSERT INTO erasures VALUES (1, 'ann', 'x', TIMESTAMP '2026-03-01', false, NULL)")
+
+
+@breaks(that.no_erased_row_is_left_anywhere, "was erased and is in the store")
+def a_row_came_back(bot: Corrupt) -> None:
+    bot.sql("INSERT INTO erased VALUES (?, 1)", bot.row("train", "flavours")["hash"])
+
+
+@breaks(that.nothing_that_learned_an_erased_row_serves, "version 1, of the champion's lineage")
+def a_version_serves_that_learned_what_was_erased(bot: Corrupt) -> None:
+    bot.sql("INSERT INTO tainted VALUES (1, 1)")
 
 
 @breaks(that.each_row_is_what_its_hash_says, "was changed")

@@ -137,8 +137,10 @@ def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
 
 
 def test_every_query_has_a_name_of_its_own_and_is_used() -> None:
-    assert load_queries(SQL / "queries.sql") == QUERIES
-    source = "".join((SQL.parent / name).read_text() for name in ("store.py", "row_store.py"))
+    files = [load_queries(SQL / f"{name}.sql") for name in ("queries", "removals", "survey")]
+    assert sum(map(len, files)) == len(QUERIES)
+    users = ("store.py", "row_store.py", "removals.py", "survey.py")
+    source = "".join((SQL.parent / name).read_text() for name in users)
     unused = [name for name in QUERIES if f'"{name}"' not in source]
     assert unused == []
 

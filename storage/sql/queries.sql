@@ -9,7 +9,7 @@ INSERT INTO rows BY NAME SELECT * FROM given;
 SELECT coalesce(max(seq), 0) FROM rows;
 
 -- name: insert_quarantine
-INSERT INTO quarantine BY NAME SELECT * FROM given ON CONFLICT DO NOTHING;
+INSERT INTO quarantine BY NAME SELECT * FROM given ANTI JOIN erased USING (hash) ON CONFLICT DO NOTHING;
 
 -- name: quarantined
 SELECT * FROM quarantine WHERE $reason IS NULL OR reason = $reason ORDER BY "at" DESC, hash LIMIT $limit;
@@ -110,7 +110,12 @@ SELECT * FROM suites WHERE task = $task AND version = $version;
 SELECT * FROM suites WHERE task = $task ORDER BY version DESC LIMIT 1;
 
 -- name: latest_suites
-SELECT * FROM suites QUALIFY version = max(version) OVER (PARTITION BY task) ORDER BY task;
+FROM (SELECT * FROM suites QUALIFY version = max(version) OVER (PARTITION BY task)) AS latest
+WHERE EXISTS (  -- not when all of its rows were erased
+    SELECT 1 FROM suite_rows JOIN rows ON rows.hash = suite_rows.row_hash
+    WHERE suite_rows.task = latest.task AND suite_rows.version = latest.version
+)
+ORDER BY task;
 
 -- name: insert_suite
 INSERT INTO suites VALUES ($task, $version, $hash, $size, $frozen_at, $cycle_id);

@@ -17,3 +17,81 @@ DELETE FROM predictions WHERE model = $model;
 
 -- name: delete_answers_given
 DELETE FROM predictions WHERE exam IN (SELECT hash FROM given);
+
+-- name: chosen_rows
+SELECT * FROM rows
+WHERE ($row IS NULL OR hash = $row OR id = $row OR hash IN (SELECT row_hash FROM labels WHERE id = $row))
+    AND ($task IS NULL OR task = $task) AND ($source IS NULL OR source = $source)
+    AND ($question IS NULL OR question = $question) AND ($answer IS NULL OR answer = $answer)
+    AND ($context IS NULL OR context = $context)
+    AND ($before IS NULL OR coalesce(created_at, accepted_at) < $before)
+    AND ($contains IS NULL OR contains(lower(concat_ws(' ', id, context, question, answer)), lower($contains)))
+ORDER BY seq;
+
+-- name: insert_erasure
+INSERT INTO erasures
+SELECT coalesce(max(id), 0) + 1, $who, $why, $now, $rebuild, NULL FROM erasures
+RETURNING *;
+
+-- name: erasures
+SELECT * FROM erasures ORDER BY id;
+
+-- name: erasure_done
+UPDATE erasures SET done_at = $now WHERE id = $id;
+
+-- name: insert_erased
+INSERT INTO erased SELECT hash, $erasure FROM given ON CONFLICT DO NOTHING;
+
+-- name: erased
+SELECT hash FROM erased;
+
+-- name: erased_given
+SELECT hash FROM erased JOIN given USING (hash);
+
+-- name: insert_tainted
+INSERT INTO tainted VALUES ($version, $erasure) ON CONFLICT DO NOTHING;
+
+-- name: tainted
+SELECT version FROM tainted ORDER BY version;
+
+-- name: taught
+SELECT DISTINCT cycle_id FROM cycle_rows JOIN erased ON erased.hash = cycle_rows.row_hash ORDER BY cycle_id;
+
+-- name: taught_given
+SELECT DISTINCT cycle_id FROM cycle_rows JOIN given ON given.hash = cycle_rows.row_hash ORDER BY cycle_id;
+
+-- name: suites_lacking
+SELECT DISTINCT task, version FROM suite_rows JOIN erased ON erased.hash = suite_rows.row_hash ORDER BY ALL;
+
+-- name: lacking
+SELECT count(*) FROM suite_rows JOIN erased ON erased.hash = suite_rows.row_hash
+WHERE task = $task AND version = $version;
+
+-- name: erase_quarantine
+DELETE FROM quarantine WHERE hash IN (SELECT hash FROM erased);
+
+-- name: erase_labels
+DELETE FROM labels WHERE row_hash IN (SELECT hash FROM erased);
+
+-- name: erase_predictions
+DELETE FROM predictions WHERE row_hash IN (SELECT hash FROM erased);
+
+-- name: veil_predictions
+UPDATE predictions SET prediction = '(erased)'
+WHERE prediction IN (SELECT answer FROM rows WHERE hash IN (SELECT hash FROM erased))
+    AND prediction NOT IN (SELECT answer FROM rows WHERE hash NOT IN (SELECT hash FROM erased));
+
+-- name: heir_supersessions
+UPDATE supersessions SET by_hash = heir.hash FROM (
+    SELECT lost.hash AS lost, standing.hash FROM rows AS lost JOIN standing USING (key)
+    WHERE standing.hash NOT IN (SELECT hash FROM erased)
+    QUALIFY standing.seq = max(standing.seq) OVER (PARTITION BY lost.hash)
+) AS heir
+WHERE supersessions.row_hash = heir.lost AND supersessions.by_hash IN (SELECT hash FROM erased);
+
+-- name: erase_supersessions
+DELETE FROM supersessions
+WHERE row_hash IN (SELECT hash FROM erased) OR by_hash IN (SELECT hash FROM erased);
+
+-- name: erase_rows
+DELETE FROM rows WHERE hash IN (SELECT hash FROM erased);

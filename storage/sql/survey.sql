@@ -14,6 +14,7 @@ ORDER BY cycle_rows.cycle_id, cycle_rows.row_hash;
 -- name: lost_rows
 SELECT cycle_rows.cycle_id, cycle_rows.role, cycle_rows.row_hash
 FROM cycle_rows ANTI JOIN rows ON rows.hash = cycle_rows.row_hash
+WHERE row_hash NOT IN (SELECT hash FROM erased)
 ORDER BY cycle_rows.cycle_id, cycle_rows.row_hash;
 
 -- name: learned_by_several

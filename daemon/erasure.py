@@ -1,0 +1,243 @@
+"""`daemon erase`: rows that must be forgotten, and every model that learned one of them.
+
+What a moment must show together is one transaction (`begin`): the rows are gone from the store but for their
+hashes, the versions that learned them are marked, and the champion is the last one that never saw them. The
+rest takes longer (`finish`): snapshots, results, MLflow's files, and the store's own file, written anew. A
+start goes on with what was begun; everything may be done twice.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from daemon.retention import ALL
+from daemon.settings import Settings
+from storage.errors import ControlError
+from storage.records import Choice, Erasure, Rejected, State, StoredRow
+from storage.registry import Registry
+from storage.removals import ANSWERS, MLFLOW
+from storage.rows import Row, normalise
+from storage.store import Store
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("task", "source", "question", "answer", "context")  # what --where may compare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an erasure would do."""
+
+    rows: list[StoredRow]
+    quarantined: list[Rejected]
+    cycles: set[int]  # that used one of the rows, or grew out of one that did
+    versions: list[int]  # that these made
+    champion: int | None  # who serves afterwards
+    moves: bool  # whether that is another one than now
+    suites: list[str]  # frozen ones that lose a row
+
+    @property
+    def hashes(self) -> list[str]:
+        """What is left of them. A refused row might be taken in once what it contradicted is gone."""
+        refused = [one for each in self.quarantined for one in (each.hash, content_hash(each.raw))]
+        return [*(row.hash for row in self.rows), *refused]
+
+
+def choice(
+    row: str | None, task: str | None, before: str | None, contains: str | None, where: list[str]
+) -> Choice:
+    """The rows that somebody means. Raises `ControlError` for what is no condition, and for none at all."""
+    given: dict[str, Any] = {"row": row, "task": task, "contains": contains or None}
+    for condition in where:
+        column, sign, value = condition.partition("=")
+        if not sign or column.strip() not in COLUMNS:
+            raise ControlError(f"--where {condition!r} is not COLUMN=VALUE; columns: {', '.join(COLUMNS)}")
+        given[column.strip()] = value
+    try:
+        given["before"] = datetime.fromisoformat(before) if before else None
+    except ValueError:
+        raise ControlError(f"--before {before!r} is no date; write it as 2026-03-01") from None
+    if given["before"] is not None and given["before"].tzinfo is not None:
+        raise ControlError(f"--before {before!r} has a time zone; give it in UTC, without one")
+    if all(value is None for value in given.values()):
+        raise ControlError("which rows? Name one with --row ID, or some with --where, --task, --contains")
+    return Choice(**given)
+
+
+def plan(store: Store, wanted: Choice) -> Plan:
+    """What `begin` would do. Raises `ControlError` when no row is meant."""
+    rows = store.chosen_rows(wanted)
+    quarantined = [refused for refused in store.quarantined(ALL) if _is_meant(refused, wanted, rows)]
+    if not rows and not quarantined:
+        raise ControlError("no row fits; `daemon status` names the tasks, `daemon quarantine` refused rows")
+    hashes = [row.hash for row in rows]
+    cycles = _affected(store, store.taught(hashes))
+    models = {model.version: model for model in store.models()}
+    line = store.champion()
+    serving = champion = line.version if line else None
+    pruned = store.pruned()
+    while champion is not None and (models[champion].cycle_id in cycles or models[champion].result in pruned):
+        champion = models[champion].parent
+    moves = serving is not None and models[serving].cycle_id in cycles
+    members = store.survey().suite_members()
+    return Plan(
+        rows=rows,
+        quarantined=quarantined,
+        cycles=cycles,
+        versions=[version for version, model in models.items() if model.cycle_id in cycles],
+        champion=champion if moves else serving,
+        moves=moves,
+        suites=[f"{task}@v{version}" for (task, version), its in members.items() if its & {*hashes}],
+    )
+
+
+def begin(settings: Settings, store: Store, wanted: Choice, who: str, why: str) -> Erasure:
+    """From here on no row is there, nothing that learned one serves, and a running cycle is cancelled."""
+    with store.transaction():
+        found = plan(store, wanted)
+        erasure = store.erase(found.hashes, found.versions, rebuild=found.moves, who=who, why=why)
+        if found.moves:
+            told = f"erasure {erasure.id}: {why}"
+            store.promote(found.champion, cycle_id=None, kind="erasure", who=who, why=told)
+        for cycle in store.unfinished():
+            if cycle.state is not State.REQUESTED:  # it may have read the rows
+                store.event("cancel", cycle.id, by=who, erasure=erasure.id)
+        _forget_labels(settings, store)
+    log.info("erasure %d: %d rows", erasure.id, len(found.hashes), extra={"action": "erased"})
+    return erasure
+
+
+def is_due(store: Store) -> bool:
+    return any(erasure.done_at is None for erasure in store.erasures())
+
+
+def finish(settings: Settings, store: Store, registry: Registry) -> None:
+    """Removes what is left of everything that was erased, wherever it is, and asks for the rebuild.
+
+    Between two cycles only. Raises `RegistryError` when MLflow cannot be asked; the next try goes on.
+    """
+    if not is_due(store):
+        return
+    begun = [erasure for erasure in store.erasures() if erasure.done_at is None]
+    for cycle in store.unfinished():
+        if store.is_cancelled(cycle.id):
+            store.advance(cycle.id, State.CANCELLED, reason="cancelled by an erasure; its rows stay pending")
+    erased = store.erased()
+    with store.transaction():
+        cycles = _affected(store, store.taught())
+        models = {model.cycle_id: model.version for model in store.models() if model.cycle_id in cycles}
+        store.taint(list(models.values()), begun[0].id)
+        snapshots = list(_snapshots_with(settings, erased))
+        why = f"erasure {begun[-1].id}"
+        paths = [f"snapshots/{path.name}" for path in snapshots if not path.name.startswith(".")]
+        paths += [path for cycle in cycles for path in _made_by(store, cycle, models.get(cycle))]
+        known = store.pruned().keys()
+        store.prune([(path, why) for path in dict.fromkeys(paths) if path not in known])
+    for folder in [*snapshots, *_files_with(settings, store, cycles)]:
+        shutil.rmtree(folder)
+    registry.erase(erased, cycles, {"holdfast.erased": why})
+    for path, told in store.pruned().items():
+        if path.startswith(MLFLOW) and int(path.split("/")[1]) in models.values() and not told.done:
+            store.pruning_done(path)
+    store.rewrite()
+    with store.transaction():
+        for erasure in begun:
+            store.erasure_done(erasure.id)
+        waiting = any(cycle.state is State.REQUESTED for cycle in store.unfinished())
+        if any(erasure.rebuild for erasure in begun) and not waiting:
+            store.request_cycle("erasure", begun[-1].who)
+    log.info("erased, everywhere", extra={"action": "erasure-done"})
+
+
+def _is_meant(refused: Rejected, wanted: Choice, rows: Collection[StoredRow]) -> bool:
+    """Whether a quarantined row fits, or asks what one of the rows asks: then it has their text too."""
+    told = json.loads(refused.raw)
+    said = {name: str(told.get(name) or "") for name in ("question", "answer", "context")}
+    said |= {"task": refused.task or "", "source": refused.source}
+    if any(normalise(row.question) == normalise(said["question"]) for row in rows):
+        return True
+    text = f"{refused.raw} {refused.detail}".casefold()
+    return (
+        wanted.row in (None, refused.hash, refused.id)
+        and all(getattr(wanted, name) in (None, value) for name, value in said.items())
+        and (wanted.before is None or refused.at < wanted.before)
+        and (wanted.contains is None or wanted.contains.casefold() in text)
+    )
+
+
+def content_hash(raw: str) -> str:
+    """The hash that a quarantined row would have as a row."""
+    said = json.loads(raw)
+    task, question, answer, context = (
+        str(said.get(name) or "") for name in ("task", "question", "answer", "context")
+    )
+    return Row(id="", task=task, question=question, answer=answer, context=context).hash
+
+
+def _affected(store: Store, taught: set[int]) -> set[int]:
+    """These cycles, and those that continued from a version of one of them."""
+    made = {model.version: model.cycle_id for model in store.models()}
+    found = set(taught)
+    for cycle in reversed(store.cycles(ALL)):
+        if cycle.parent is not None and made.get(cycle.parent) in found:
+            found.add(cycle.id)
+    return found
+
+
+def _forget_labels(settings: Settings, store: Store) -> None:
+    """Labels that only an erased row had."""
+    for task in store.tasks():
+        wish = settings.tasks.get(task.name)
+        if task.labels and not (wish and wish.labels):
+            left = set(store.answers(task.name)) & set(task.labels)
+            if len(left) < len(task.labels):
+                store.put_task(replace(task, labels=tuple(left)))
+
+
+def _made_by(store: Store, cycle_id: int, version: int | None) -> Iterator[str]:
+    """Everything that a cycle has made, as paths of the record of what was removed."""
+    for candidate in store.candidates(cycle_id):
+        if candidate.model:
+            yield candidate.result
+            yield ANSWERS + candidate.model
+    if version is not None:
+        yield f"{MLFLOW}{version}/model"
+        yield f"{MLFLOW}{version}/answers"
+
+
+def _snapshots_with(settings: Settings, erased: Collection[str]) -> Iterator[Path]:
+    """Snapshots that hold one of the rows, and those of which nobody can tell."""
+    for folder in sorted((settings.state_dir / "snapshots").glob("*")):
+        if folder.name.startswith(".") or any(holds(file, erased) for file in folder.rglob("*.parquet")):
+            yield folder
+
+
+def holds(file: Path, erased: Collection[str]) -> bool:
+    """Whether a Parquet file of rows or of answers has one of them; an unreadable one may have."""
+    try:
+        names = pq.read_schema(file).names
+        column = "hash" if "hash" in names else "row_hash"
+        return not set(erased).isdisjoint(pq.read_table(file, columns=[column])[column].to_pylist())
+    except (OSError, KeyError, pa.ArrowException):
+        return True
+
+
+def _files_with(settings: Settings, store: Store, cycles: Collection[int]) -> Iterator[Path]:
+    """Folders of cycles that used one of the rows; of all others, what is only needed while one runs."""
+    for cycle in store.cycles(ALL):
+        folder = settings.state_dir / "cycles" / str(cycle.id)
+        if not cycle.state.ended or not folder.exists():
+            continue
+        if cycle.id in cycles:
+            yield folder
+        else:
+            for name in ("evaluate", "probe", "work", ".*"):
+                yield from [path for path in (*folder.glob(name), *folder.glob(f"*/{name}")) if path.is_dir()]

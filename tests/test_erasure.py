@@ -1,0 +1,321 @@
+"""What was erased is in no file of the state directory, and nobody who learned it answers."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from daemon import audit, erasure, operations, promote, retention
+from daemon.executor import Stop
+from storage.errors import ControlError, Interrupted, RegistryUnavailable
+from storage.records import State
+from storage.removals import Removals
+from storage.rows import Row
+from storage.store import Store
+from tests.bots import FLAVOURS, Bot, lesson, make_bot
+from tests.daemons import DaemonProcess, cli
+
+SECRETS = {split: f"does zanzibar-{split}-q like it" for split in ("train", "validation", "suite")}
+ANSWER = "quetzalcoatl"
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[Bot, Path]:
+    """Version 1 knows nothing; 2 learned a secret, and two more are in a suite and among validation rows; 3
+    grew out of 2. A fourth row with the first secret's question was quarantined."""
+    bot = make_bot(tmp_path_factory.mktemp("bot"), base, source__on_conflict="quarantine")
+    bot.collect(lesson("colours"))
+    assert bot.run().state is State.PROMOTED
+    secret = [(f"s-{split}", "flavours", text, ANSWER, split) for split, text in SECRETS.items()]
+    again = [("late", "flavours", SECRETS["train"], "sweet", "train")]
+    bot.collect([*lesson("flavours", FLAVOURS), *secret, *again])
+    assert bot.run().state is State.PROMOTED
+    bot.collect(lesson("shapes", FLAVOURS))
+    assert bot.run().state is State.PROMOTED
+    bot.store.close()
+    copy = tmp_path_factory.mktemp("copy") / "state"
+    shutil.copytree(bot.settings.state_dir, copy)
+    return bot, copy
+
+
+@pytest.fixture
+def bot(grown: tuple[Bot, Path]) -> Iterator[Bot]:
+    made, copy = grown
+    made.reopen()
+    yield made
+    made.store.close()
+    for path in made.settings.state_dir.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "mlflow.db":  # MLflow keeps it open: it is written over
+            path.unlink()
+    shutil.copytree(copy, made.settings.state_dir, dirs_exist_ok=True)
+
+
+def begin(bot: Bot, **which: Any) -> None:
+    told = {"row": None, "task": None, "before": None, "contains": None, "where": [], **which}
+    operations.erase(bot.settings, bot.store, "ann", "asked to", **told)
+
+
+def erase(bot: Bot, **which: Any) -> None:
+    begin(bot, **which)
+    erasure.finish(bot.settings, bot.store, bot.registry)
+    promote.repair_alias(bot.store, bot.registry)
+
+
+def findings(bot: Bot) -> list[audit.Finding]:
+    return list(audit.examine(bot.settings, bot.store, bot.registry))
+
+
+def files_with(bot: Bot, text: str) -> list[str]:
+    """Every file whose bytes have it. Parquet is compressed: its rows are read, too."""
+    found = []
+    for path in sorted(bot.settings.state_dir.rglob("*")):
+        if not path.is_file():
+            continue
+        told = path.read_bytes()
+        if path.suffix == ".parquet":
+            told += str(duckdb.sql(f"FROM read_parquet('{path}')").fetchall()).encode()
+        if text.encode() in told:
+            found.append(str(path.relative_to(bot.settings.state_dir)))
+    return found
+
+
+def champion(bot: Bot) -> int | None:
+    line = bot.store.champion()
+    assert line is not None
+    assert bot.registry.alias("champion") == line.version
+    return line.version
+
+
+def test_a_row_that_was_learned_is_nowhere_and_the_champion_is_the_last_that_never_saw_it(bot: Bot) -> None:
+    places = files_with(bot, "zanzibar-train")
+    assert any(place.startswith("snapshots/") for place in places), "else the test would prove nothing"
+    assert "store.duckdb" in places
+    assert findings(bot) == []
+    erase(bot, row="s-train")
+    assert files_with(bot, "zanzibar-train") == []
+    assert champion(bot) == 1
+    assert bot.store.tainted() == {2, 3}
+    assert findings(bot) == []
+    line = bot.store.promotions()[-1]
+    assert (line.kind, line.who, line.why) == ("erasure", "ann", "erasure 1: asked to")
+    assert bot.store.quarantined() == [], "it had the same question"
+    tags = bot.registry._client().get_model_version("test-bot", "3").tags
+    assert tags["holdfast.erased"] == "erasure 1"
+
+
+def test_the_answer_too_is_nowhere_when_no_row_has_it_any_more(bot: Bot) -> None:
+    erase(bot, contains="ZANZIBAR")
+    assert files_with(bot, "zanzibar") == []
+    assert files_with(bot, ANSWER) == [], "neither as a label nor as something a model said"
+    assert findings(bot) == []
+
+
+def test_the_rebuild_learns_everything_else_and_the_next_pull_does_not_bring_it_back(bot: Bot) -> None:
+    erase(bot, contains="zanzibar")
+    rebuild = bot.store.unfinished()
+    assert [cycle.trigger for cycle in rebuild] == ["erasure"]
+    made = bot.run(rebuild[0])
+    assert (made.state, made.parent) == (State.PROMOTED, 1)
+    promote.repair_alias(bot.store, bot.registry)
+    learned = {row.task for row in bot.store.rows_by_hash(bot.store.cycle_rows(made.id, "train"))}
+    assert learned == {"flavours", "shapes"}
+    assert files_with(bot, "zanzibar") == [], "the collector still has it"
+    assert bot.store.quarantined() == []
+    assert findings(bot) == []
+    retention.prune(bot.settings, bot.store, bot.registry)
+    assert findings(bot) == []
+
+
+def test_a_suite_gets_a_version_without_the_row_and_nobody_falls(bot: Bot) -> None:
+    """No model learns a suite row, so the champion stays; what it was asked is forgotten."""
+    suites = {(suite.task, suite.version): suite.size for suite in bot.store.suites()}
+    erase(bot, row="s-suite")
+    assert files_with(bot, "zanzibar-suite") == []
+    assert champion(bot) == 3
+    assert bot.store.tainted() == set()
+    assert findings(bot) == []
+    assert operations.serving(bot.settings, bot.store)["snapshot"] is None, "it held the row"
+    bot.collect(lesson("sizes", FLAVOURS))
+    assert bot.run().state is State.PROMOTED
+    latest = bot.store.latest_suites()["flavours"]
+    assert (latest.version, latest.size) == (2, suites["flavours", 1] - 1)
+    promote.repair_alias(bot.store, bot.registry)
+    assert findings(bot) == []
+    assert files_with(bot, "zanzibar-suite") == []
+
+
+def test_who_learned_it_never_serves_again(bot: Bot) -> None:
+    erase(bot, row="s-train")
+    with pytest.raises(ControlError, match="version 3 learned a row that was erased"):
+        promote.manual(bot.store, bot.registry, 3, "ann", "it was better")
+    promote.rollback(bot.store, bot.registry, "ann", "to the base")
+    last = bot.store.champion()
+    assert last is not None
+    assert last.version is None, "the erased ones are no champions to return to"
+
+
+def test_a_cycle_that_was_under_way_is_cancelled_and_leaves_nothing(bot: Bot) -> None:
+    bot.collect([("new", "sizes", "does zanzibar-new fit", ANSWER, "train"), *lesson("sizes", FLAVOURS)])
+    stop = Stop()
+    bot.executor.after = lambda stage: stop.request("shutdown") if stage == "train" else None
+    cycle = bot.request()
+    with pytest.raises(Interrupted):
+        bot.run(cycle, stop)
+    bot.executor.after = lambda stage: None
+    assert files_with(bot, "zanzibar-new")
+    erase(bot, row="new")
+    after = bot.store.cycle(cycle.id)
+    assert after is not None
+    assert after.state is State.CANCELLED
+    assert files_with(bot, "zanzibar-new") == []
+    assert champion(bot) == 3, "it had not learned it"
+    assert findings(bot) == []
+
+
+class Killed(BaseException):
+    """As kill -9: nobody catches it."""
+
+
+def test_a_kill_in_the_middle_is_taken_up_again(bot: Bot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each removal of a folder, and before and after the store is written anew."""
+    begin(bot, row="s-train")
+    assert any(f.check == "each_erasure_is_finished" for f in findings(bot))
+    real, rewrite, kills = shutil.rmtree, Removals.rewrite, 0
+
+    def dies(path: Any, *args: Any, **options: Any) -> None:
+        nonlocal kills
+        real(path, *args, **options)
+        if "state" in Path(path).parts and kills < 12:
+            kills += 1
+            raise Killed
+
+    def dies_too(self: Removals) -> None:
+        nonlocal kills
+        if kills % 2:
+            rewrite(self)
+        if kills < 15:
+            kills += 1
+            raise Killed
+        rewrite(self)
+
+    monkeypatch.setattr(shutil, "rmtree", dies)
+    monkeypatch.setattr(Removals, "rewrite", dies_too)
+    for _ in range(40):
+        try:
+            erasure.finish(bot.settings, bot.store, bot.registry)
+        except Killed:
+            bot.reopen()
+        else:
+            break
+    monkeypatch.undo()
+    assert kills > 8
+    assert not erasure.is_due(bot.store)
+    promote.repair_alias(bot.store, bot.registry)
+    assert files_with(bot, "zanzibar-train") == []
+    assert findings(bot) == []
+    assert len(bot.store.unfinished()) == 1, "one rebuild, however often it was begun"
+
+
+def test_mlflow_may_be_away_for_a_while(bot: Bot, monkeypatch: pytest.MonkeyPatch) -> None:
+    def down(*args: Any) -> None:
+        raise RegistryUnavailable("MLflow is down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bot.registry, "erase", down)
+        with pytest.raises(RegistryUnavailable):
+            erase(bot, row="s-train")
+    line = bot.store.champion()
+    assert line is not None
+    assert line.version == 1, "that does not wait"
+    erasure.finish(bot.settings, bot.store, bot.registry)
+    assert files_with(bot, "zanzibar-train") == []
+
+
+def test_an_audit_finds_what_came_back(bot: Bot) -> None:
+    erase(bot, row="s-train")
+    bot.store.close()
+    row = Row(id="x", task="flavours", question=SECRETS["train"], answer=ANSWER)
+    with duckdb.connect(str(bot.settings.store_path)) as connection:
+        connection.execute(
+            "INSERT INTO rows SELECT ?, ?, ?, max(seq) + 1, 'x', ?, ?, ?, '', NULL, 'train', 'x', "
+            "max(accepted_at) FROM rows",
+            [row.hash, row.key, row.question_key, row.task, row.question, row.answer],
+        )
+        connection.execute("UPDATE promotions SET version = 3 WHERE kind = 'erasure'")
+    bot.reopen()
+    found = {finding.check for finding in findings(bot)}
+    assert {"no_erased_row_is_left_anywhere", "nothing_that_learned_an_erased_row_serves"} <= found
+
+
+@pytest.mark.parametrize(
+    ("which", "told"),
+    [
+        ({}, "which rows"),
+        ({"row": "nobody"}, "no row fits"),
+        ({"where": ["hash=1"]}, "columns: task, source, question, answer, context"),
+        ({"where": ["task"]}, "is not COLUMN=VALUE"),
+        ({"before": "yesterday"}, "is no date"),
+        ({"contains": "' OR 1=1 --"}, "no row fits"),
+        ({"where": ["answer=x' OR 'a'='a"]}, "no row fits"),
+    ],
+)
+def test_what_names_no_row_erases_nothing(bot: Bot, which: dict[str, Any], told: str) -> None:
+    before = bot.store.row_counts()
+    with pytest.raises(ControlError, match=told):
+        begin(bot, **which)
+    assert bot.store.row_counts() == before
+
+
+def test_an_answer_whose_successor_is_erased_counts_again(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store.duckdb") as store:
+        told = [Row(id=a, task="shop", question="when is it open", answer=a) for a in ("9", "10", "11")]
+        for row in told:
+            store.accept([row], "test", shares=(0.0, 0.0))
+        first, second, third = (row.hash for row in told)
+        store.erase([second], [], rebuild=False, who="ann", why="x")
+        assert store.superseded([first, third]) == {first}, "the third counts, as before"
+        store.erase([third], [], rebuild=False, who="ann", why="x")
+        assert store.superseded([first]) == set()
+        assert store.survey().stray_supersessions() == []
+        assert store.survey().unanswered() == []
+
+
+def test_the_command_says_what_it_will_do_and_asks(bot: Bot, base: Path) -> None:
+    config = bot.home / "config.toml"
+    bot.store.close()
+    refused = cli(config, "erase", "--row", "s-train", "--why", "asked to", stdin="n\n")
+    assert refused.returncode == 1
+    assert "1 train rows of flavours will be erased" in refused.stdout
+    assert "versions that learned one and go: 2, 3" in refused.stdout
+    assert "the champion will be version 1" in refused.stdout
+    bot.reopen()
+    assert bot.store.erasures() == []
+    bot.store.close()
+    with DaemonProcess(config) as daemon:
+        daemon.call("pause")  # so that the rebuild waits
+        ran = cli(config, "erase", "--row", "s-train", "--why", "asked to", "--yes")
+        assert "erasure 1 is done" in ran.stdout, ran.stderr
+        assert daemon.status()["champion"]["version"] == 1
+        assert daemon.stop() == 0
+    ran = cli(config, "erase", "--row", "s-suite", "--why", "asked to", "--yes")
+    assert "erasure 2 is done" in ran.stdout, ran.stderr
+    bot.reopen()
+    assert files_with(bot, "zanzibar-train") + files_with(bot, "zanzibar-suite") == []
+    assert findings(bot) == []
+
+
+def test_a_start_finishes_what_was_begun(bot: Bot) -> None:
+    operations.pause(bot.store, "ann")
+    begin(bot, row="s-train")
+    bot.store.close()
+    with DaemonProcess(bot.home / "config.toml") as daemon:
+        daemon.until(lambda told: bool(told["unfinished"]))
+        assert daemon.stop() == 0
+    bot.reopen()
+    assert not erasure.is_due(bot.store)
+    assert files_with(bot, "zanzibar-train") == []
