@@ -4,6 +4,7 @@
 # make benchmark-quality-small   the quality benchmark on invented rows (minutes)
 # make benchmark-quality CLINC=DIR CLBENCH=DIR   the same on real data (hours); SIZE=wide|ten|full
 # make test-faults FAULTS=500 SEED=1   faults on purpose, an audit after each; FIRST=17 FAULTS=1 repeats one
+# make test-soak CYCLES=100      many cycles through one daemon: nothing grows (minutes)
 # make format  rewrite the code as the formatter wants it
 # make clean   remove caches, build leftovers and demo-state/ (not .venv/)
 
@@ -13,6 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 DEMO_ARGS ?=
 TEST_ARGS ?=
+CYCLES ?= 100
 
 FAULTS ?= 60
 SEED ?= 1
@@ -22,7 +24,7 @@ SIZE ?= wide
 QUALITY := $(BIN)/python -m benchmarks.quality
 QUALITY_ARGS ?=
 
-.PHONY: setup demo test test-faults format clean benchmark-quality benchmark-quality-small
+.PHONY: setup demo test test-faults format clean benchmark-quality benchmark-quality-small test-soak
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -49,6 +51,9 @@ test: setup
 test-faults: setup
 	$(BIN)/python -m tests.faults --faults $(FAULTS) --seed $(SEED) --first $(FIRST) \
 		$(if $(KIND),--kind "$(KIND)") $(if $(GO_ON),--go-on)
+
+test-soak: setup
+	$(BIN)/python -m tests.soak --cycles $(CYCLES)
 
 # An interrupted benchmark continues with the same command; what is recorded is not run again.
 benchmark-quality: setup

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from daemon import config, statedir
 from daemon.control import Client, account
 from daemon.settings import Settings
-from storage.errors import ConfigError, ControlError, DaemonNotRunning
+from storage.errors import ConfigError, ControlError, DaemonNotRunning, RegistryError
 
 if TYPE_CHECKING:
     from storage.store import Store
@@ -274,8 +274,11 @@ def erase(settings: Settings, why: str, which: dict[str, Any], *, dry_run: bool)
         with writing(settings, "daemon erase") as store:
             begun = operations.erase(settings, store, who, why, **which)
             registry = operations.open_registry(settings, store)
-            erasure.finish(settings, store, registry)
-            promote.repair_alias(store, registry)
+            try:
+                erasure.finish(settings, store, registry)
+                promote.repair_alias(store, registry)
+            except RegistryError:  # what serves is settled; MLflow's files are for the daemon, later
+                return {"erasure": begun, "done": False}
         return {"erasure": begun, "done": True}
 
     return perform(settings, "erase", direct, why=why, dry_run=dry_run, **which)

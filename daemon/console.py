@@ -287,7 +287,8 @@ def erased(told: dict[str, Any]) -> None:
     if told["done"]:
         out().print(f"erasure {number} is done; rows in the collector's own file are yours to remove there")
     else:
-        out().print(f"erasure {number} is begun and goes on by itself, see the daemon's log")
+        rest = "nothing that learned a row serves any more, the daemon does the rest"
+        out().print(f"erasure {number} is begun: {rest}")
 
 
 def removals(told: dict[str, Any]) -> None:

@@ -75,7 +75,8 @@ def choice(
 def plan(store: Store, wanted: Choice) -> Plan:
     """What `begin` would do. Raises `ControlError` when no row is meant."""
     rows = store.chosen_rows(wanted)
-    quarantined = [refused for refused in store.quarantined(ALL) if _is_meant(refused, wanted, rows)]
+    questions = {normalise(row.question) for row in rows}
+    quarantined = [refused for refused in store.quarantined(ALL) if _is_meant(refused, wanted, questions)]
     if not rows and not quarantined:
         raise ControlError("no row fits; `daemon status` names the tasks, `daemon quarantine` refused rows")
     hashes = [row.hash for row in rows]
@@ -157,12 +158,12 @@ def finish(settings: Settings, store: Store, registry: Registry) -> None:
     log.info("erased, everywhere", extra={"action": "erasure-done"})
 
 
-def _is_meant(refused: Rejected, wanted: Choice, rows: Collection[StoredRow]) -> bool:
+def _is_meant(refused: Rejected, wanted: Choice, questions: Collection[str]) -> bool:
     """Whether a quarantined row fits, or asks what one of the rows asks: then it has their text too."""
     told = json.loads(refused.raw)
     said = {name: str(told.get(name) or "") for name in ("question", "answer", "context")}
     said |= {"task": refused.task or "", "source": refused.source}
-    if any(normalise(row.question) == normalise(said["question"]) for row in rows):
+    if normalise(said["question"]) in questions:
         return True
     text = f"{refused.raw} {refused.detail}".casefold()
     return (

@@ -149,6 +149,15 @@ def test_a_suite_gets_a_version_without_the_row_and_nobody_falls(bot: Bot) -> No
     assert files_with(bot, "zanzibar-suite") == []
 
 
+def test_a_task_that_was_erased_whole_is_no_longer_examined(bot: Bot) -> None:
+    erase(bot, task="flavours")
+    rebuild = bot.store.unfinished()[0]
+    made = bot.run(rebuild)
+    assert made.state is State.NOTHING or "flavours" not in {s.task for s in bot.store.scores(made.id)}
+    assert "flavours" not in bot.store.latest_suites()
+    assert findings(bot) == []
+
+
 def test_who_learned_it_never_serves_again(bot: Bot) -> None:
     erase(bot, row="s-train")
     with pytest.raises(ControlError, match="version 3 learned a row that was erased"):

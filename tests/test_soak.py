@@ -1,0 +1,19 @@
+"""Eight cycles of the soak: enough to see descriptors, threads or folders that are left behind."""
+
+from pathlib import Path
+
+from tests import soak
+
+CYCLES = 8
+
+
+def test_a_few_cycles_under_churn_leave_nothing_behind(tmp_path: Path, base: Path) -> None:
+    with soak.running(tmp_path, base, real=False) as daemon:
+        weights = list(soak.soak(daemon, CYCLES))
+        assert daemon.stop() == 0
+    first, last = weights[2], weights[-1]  # by the third all libraries are there
+    assert last.files <= first.files + soak.FILES
+    assert last.threads <= first.threads + soak.THREADS
+    adapters = list((tmp_path / "state/cycles").rglob("adapter_model.safetensors"))
+    assert len(adapters) < CYCLES - 1, "old champions and rejected versions are gone"
+    assert soak.findings(daemon) == []
