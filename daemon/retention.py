@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 ALL = 2**62
 # Of a version's run in MLflow, by the last part of its path.
-_FILES = {"model": ("model/artifacts",), "answers": (PREDICTIONS,)}
+_FILES = {"model": ("model",), "answers": (PREDICTIONS,)}
 
 
 @dataclass(frozen=True, kw_only=True)

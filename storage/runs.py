@@ -18,6 +18,7 @@ from storage.errors import RegistryError
 PREDICTIONS = "predictions.json"
 CLASSES = "classification.json"
 MATRIX = "accuracy_matrix"
+_PICTURED = 30  # rows of the heat map beside the base's
 _KEY_LENGTH, _TAG_LENGTH = 250, 5000  # what every MLflow backend stores
 _ILLEGAL = re.compile(r"[^\w\-. :]", re.ASCII)
 
@@ -121,12 +122,16 @@ def write_files(folder: Path, record: CycleRecord) -> None:
 
 
 def write_matrix(folder: Path, matrix: Matrix) -> None:
-    """The heat map, and the numbers that it was drawn from."""
+    """All numbers, and a heat map of the base and the newest rows: a row a night would make it grow for ever."""
     from storage.figures import heat_map, png  # matplotlib takes half a second to import
 
     content = {"rows": matrix.rows, "columns": matrix.columns, "values": matrix.values}
     _write(folder, f"{MATRIX}.json", _json(content))
-    picture = png(heat_map(matrix.rows, matrix.columns, matrix.values, matrix.title))
+    hidden = max(0, len(matrix.rows) - 1 - _PICTURED)
+    title = f"{matrix.title}; {hidden} after the base are not shown" if hidden else matrix.title
+    rows = matrix.rows[:1] + matrix.rows[1 + hidden :]
+    values = matrix.values[:1] + matrix.values[1 + hidden :]
+    picture = png(heat_map(rows, matrix.columns, values, title))
     (folder / f"{MATRIX}.png").write_bytes(picture)
 
 

@@ -19,6 +19,7 @@ import pytest
 from storage.errors import IntegrityError, RegistryError, RegistryUnavailable
 from storage.reach import redact
 from storage.registry import CycleRecord, Matrix, Registry
+from storage.runs import write_matrix
 
 ROOT = Path(__file__).parent.parent
 SERVED_MODEL = ROOT / "daemon" / "served_model.py"
@@ -466,3 +467,14 @@ def test_anybody_can_load_the_champion_and_ask_it(tmp_path: Path, registry: Regi
     assert said["gone"].startswith("ModelError: the base model is not at /nowhere")
     assert said["other"].startswith("ModelError")
     assert base.fingerprint in said["other"]
+
+
+def test_the_picture_of_the_matrix_stops_growing_and_its_numbers_do_not(tmp_path: Path) -> None:
+    sizes = {}
+    for cycles in (40, 400):
+        rows = ("base", *(f"cycle {n}" for n in range(1, cycles + 1)))
+        values = tuple((n % 7 / 7,) for n in range(len(rows)))
+        write_matrix(tmp_path, Matrix(rows=rows, columns=("billing",), values=values))
+        assert json.loads((tmp_path / "accuracy_matrix.json").read_text())["rows"] == list(rows)
+        sizes[cycles] = (tmp_path / "accuracy_matrix.png").stat().st_size
+    assert sizes[400] < 1.2 * sizes[40]
