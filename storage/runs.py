@@ -122,7 +122,7 @@ def write_files(folder: Path, record: CycleRecord) -> None:
 
 
 def write_matrix(folder: Path, matrix: Matrix) -> None:
-    """All numbers, and a heat map of the base and the newest rows: a row a night would make it grow for ever."""
+    """All numbers, and a heat map of the base and the newest rows: one with all would grow every night."""
     from storage.figures import heat_map, png  # matplotlib takes half a second to import
 
     content = {"rows": matrix.rows, "columns": matrix.columns, "values": matrix.values}
