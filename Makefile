@@ -4,7 +4,7 @@
 # make benchmark-quality-small   the quality benchmark on invented rows (minutes)
 # make benchmark-quality CLINC=DIR CLBENCH=DIR   the same on real data (hours); SIZE=wide|ten|full
 # make test-faults FAULTS=500 SEED=1   faults on purpose, an audit after each; FIRST=17 FAULTS=1 repeats one
-# make test-soak CYCLES=100      many cycles through one daemon: nothing grows (minutes)
+# make test-soak CYCLES=100      many cycles through one daemon: what grows (minutes)
 # make format  rewrite the code as the formatter wants it
 # make clean   remove caches, build leftovers and demo-state/ (not .venv/)
 
