@@ -5,6 +5,7 @@
 # make benchmark-quality CLINC=DIR CLBENCH=DIR   the same on real data (hours); SIZE=wide|ten|full
 # make test-faults FAULTS=500 SEED=1   faults on purpose, an audit after each; FIRST=17 FAULTS=1 repeats one
 # make test-soak CYCLES=100      many cycles through one daemon: what grows (minutes)
+# make test-collector MINUTES=10   a collector that writes 200 rows a second while the daemon pulls
 # make format  rewrite the code as the formatter wants it
 # make clean   remove caches, build leftovers and demo-state/ (not .venv/)
 
@@ -19,12 +20,13 @@ CYCLES ?= 100
 FAULTS ?= 60
 SEED ?= 1
 FIRST ?= 1
+MINUTES ?= 10
 
 SIZE ?= wide
 QUALITY := $(BIN)/python -m benchmarks.quality
 QUALITY_ARGS ?=
 
-.PHONY: setup demo test test-faults format clean benchmark-quality benchmark-quality-small test-soak
+.PHONY: setup demo test test-faults format clean benchmark-quality benchmark-quality-small test-soak test-collector
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -54,6 +56,9 @@ test-faults: setup
 
 test-soak: setup
 	$(BIN)/python -m tests.soak --cycles $(CYCLES)
+
+test-collector: setup
+	MINUTES=$(MINUTES) $(BIN)/python -m pytest -s tests/test_collector.py
 
 # An interrupted benchmark continues with the same command; what is recorded is not run again.
 benchmark-quality: setup

@@ -212,6 +212,7 @@ class CycleRunner:
         snapshot = snapshots.load(self._snapshot_of(cycle))
         candidate, stop = self._candidate(cycle, snapshot, stop)
         examination.check_suites(self.store, snapshot)
+        artifacts.verify(self._result(candidate))  # what sits the exam is what was trained
         exam = self._exam(cycle, candidate, snapshot)
         examination.sit(self.store, self.executor, exam, self._progress(cycle), stop)
         self.store.put_scores(examination.scores(self.store, cycle, exam))

@@ -40,6 +40,11 @@ def prepare(path: Path) -> None:
             path.chmod(0o700)
     except OSError as error:
         raise ConfigError(f"bot.state_dir = {str(path)!r} cannot be used: {error}") from None
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        raise ConfigError(
+            f"bot.state_dir = {str(path)!r} is on a read-only file system; see `journalctl -k` for why, then "
+            f"`mount -o remount,rw` it, or set bot.state_dir to another place"
+        )
     if not os.access(path, os.W_OK | os.X_OK):
         raise ConfigError(f"bot.state_dir = {str(path)!r} cannot be written by this account; try with sudo")
 

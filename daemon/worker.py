@@ -130,7 +130,7 @@ STAGES: dict[str, Callable[[dict[str, Any], Worker], dict[str, Any]]] = {
 
 def describe(error: BaseException) -> dict[str, str]:
     """An error in one line for people; what the code did is in the log."""
-    if isinstance(error, HoldfastError):
+    if isinstance(error, HoldfastError) and not _is_out_of_memory(error):
         return {"type": type(error).__name__, "message": str(error)}
     traceback.print_exception(error)
     first_line = next(iter(str(error).splitlines()), "")
@@ -143,7 +143,7 @@ def describe(error: BaseException) -> dict[str, str]:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Torch's own errors are known by their words, which spares its import."""
-    words = ("OutOfMemoryError", "can't allocate memory")
+    words = ("OutOfMemoryError", "can't allocate memory", "Cannot allocate memory")
     return isinstance(error, MemoryError) or any(word in f"{type(error).__name__} {error}" for word in words)
 
 

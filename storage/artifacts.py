@@ -43,14 +43,34 @@ def write_manifest(directory: str | Path, extra: Mapping[str, Any] | None = None
     `extra` holds further entries of the manifest, beside `files`.
     """
     root = Path(directory)
+    sync(root)
     files = _files(root)
-    for folder in {root, *(path.parent for path in files.values())}:
-        _fsync(folder)
-    for path in files.values():
-        _fsync(path)
     manifest = {**(extra or {}), "files": {name: sha256_file(path) for name, path in files.items()}}
     write_file(root / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
     return manifest
+
+
+def sync(directory: str | Path, *, names_upto: Path | None = None) -> None:
+    """Every file and folder below, so that a power cut keeps them; and the names of the directory and its
+    parents, up to those in `names_upto`."""
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            _fsync(Path(folder, name))
+        _fsync(Path(folder))
+    for parent in Path(directory).parents if names_upto else ():
+        _fsync(parent)
+        if parent == names_upto:
+            break
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder and its parents. What is synced in it later is only found if its own name was, too."""
+    path = Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _fsync(folder.parent)
+    return path
 
 
 def is_complete(directory: str | Path) -> bool:
@@ -92,7 +112,7 @@ def atomic_dir(final: str | Path, extra: Mapping[str, Any] | None = None) -> Ite
     the earlier one should stay. `extra` is read at the end, so the block may still add to it.
     """
     final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     aside, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     for leftover in (aside, old):
         _remove(leftover)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from storage import mlflow_client, runs
+from storage import artifacts, mlflow_client, runs
 from storage.errors import IntegrityError, RegistryError, RegistryUnavailable
 from storage.reach import absolute, is_server, obstacle, redact, sqlite_path
 from storage.runs import CycleRecord, Listed, Listing, Matrix
@@ -381,6 +381,7 @@ class Registry:
             runs.write_files(folder, record)
             self._save_model(folder / MODEL_DIR, run_id, record)
             client.log_artifacts(run_id, str(folder))
+        self._sync(run)
         self._ensure_model(client)
         version_tags = {
             **record.version_tags,
@@ -395,6 +396,13 @@ class Registry:
             tags=runs.tags(version_tags),
             description=runs.tag(record.description) or None,
         )
+
+    def _sync(self, run: Any) -> None:
+        """MLflow does not sync what it copies, and a power cut would leave a version without its adapter."""
+        place = urlsplit(run.info.artifact_uri)
+        folder = Path(unquote(place.path))
+        if place.scheme in ("", "file") and self._artifact_root in folder.parents:
+            artifacts.sync(folder, names_upto=self._artifact_root.parent)
 
     @contextmanager
     def _staging(self) -> Iterator[Path]:
@@ -448,13 +456,13 @@ class Registry:
         from mlflow.models import Model, ModelSignature
         from mlflow.types import ColSpec, DataType, Schema
 
-        artifacts = {"adapter": str(record.adapter_dir.absolute())}
+        parts = {"adapter": str(record.adapter_dir.absolute())}
         if record.state_dir is not None:
-            artifacts["state"] = str(record.state_dir.absolute())
+            parts["state"] = str(record.state_dir.absolute())
         pyfunc.save_model(
             folder,
             python_model=str(self._served_model),
-            artifacts=artifacts,
+            artifacts=parts,
             model_config=json.loads(json.dumps(dict(record.model_config), default=str)),
             mlflow_model=Model(artifact_path=MODEL_DIR, run_id=run_id),
             pip_requirements=requirements(),

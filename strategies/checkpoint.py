@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.optim import Optimizer
 
-from storage.artifacts import write_file
+from storage.artifacts import make_folder, write_file
 from storage.errors import IntegrityError
 from strategies.contract import CurvePoint, TrainJob
 
@@ -61,7 +61,7 @@ class Checkpoints:
         self._job = job.digest
 
     def save(self, course: Course, tensors: dict[str, Tensor]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         data = save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
         digest = hashlib.sha256(data).hexdigest()
         name = f"checkpoint-{course.steps}-{digest[:8]}.safetensors"

@@ -85,7 +85,9 @@ def load_folder(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
         )
         tokenizer = AutoTokenizer.from_pretrained(path, **safely)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(f"the base model at {path} cannot be loaded: {error}") from error
+        raise ModelError(
+            f"the base model at {path} cannot be loaded: {error}; check model.base and `free -m`"
+        ) from error
     if missing := sorted(info["missing_keys"]):
         raise ModelError(f"the base model at {path} lacks {len(missing)} of its weights, {missing[0]} first")
     return model, tokenizer

@@ -1,11 +1,13 @@
 """One fault of each kind, and a few that the dice choose: `make test-faults` injects as many as one likes."""
 
+import os
 import random
 from pathlib import Path
 
 import pytest
 
-from tests.faults import bench, kinds
+from storage import artifacts
+from tests.faults import bench, kinds, power
 from tests.faults.__main__ import one
 
 pytestmark = pytest.mark.acceptance
@@ -49,8 +51,6 @@ def test_the_same_number_is_the_same_trial(made: bench.Bench) -> None:
 
 def test_a_power_cut_takes_what_was_not_synced(tmp_path: Path) -> None:
     """The simulation itself: without it a missing fsync would never be found."""
-    from tests.faults import power
-
     state, log = tmp_path / "state", tmp_path / "synced"
     state.mkdir()
     (state / "old").write_text("old")
@@ -62,9 +62,23 @@ def test_a_power_cut_takes_what_was_not_synced(tmp_path: Path) -> None:
 
 
 def _cut_copy(state: Path, log: Path, folder: Path, seed: int) -> list[str]:
-    from tests.faults import power
-
     found = power.cut(state, log, random.Random(seed))
     if not (state / "new").exists():
         (state / "new").write_text("never synced")
     return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_folder_that_was_finished_survives_a_power_cut_with_all_its_parents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    power.everything(state, tmp_path / "synced")
+    monkeypatch.setattr(os, "fsync", os.fsync)  # put back afterwards
+    power.record(tmp_path)
+    with artifacts.atomic_dir(state / "cycles" / "2" / "train") as folder:
+        (folder / "adapter").mkdir()
+        (folder / "adapter" / "weights").write_text("learned")
+    power.cut(state, tmp_path / "synced", random.Random(seed))
+    artifacts.verify(state / "cycles" / "2" / "train")

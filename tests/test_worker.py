@@ -265,6 +265,7 @@ def test_the_end_of_input_ends_the_worker_at_once_even_in_training(
 NOISY = """
 import os, subprocess, sys, time
 import daemon.worker as worker
+from storage.errors import ModelError
 from strategies.contract import Progress
 
 def noise(job, running):
@@ -275,6 +276,7 @@ def noise(job, running):
 
 def fail(job, running):
     raise {"memory": MemoryError(), "torch": RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+           "mapping": ModelError("x cannot be loaded: unable to mmap: Cannot allocate memory (12)"),
            "bug": KeyError("first line")}[job["how"]]
 
 def talk(job, running):
@@ -306,13 +308,13 @@ def test_what_libraries_print_goes_to_the_log_and_not_into_the_protocol(noisy: C
 
 def test_errors_that_are_not_ours_are_one_line_for_people_and_a_traceback_in_the_log(noisy: Child) -> None:
     messages = {}
-    for how in ("memory", "torch", "bug"):
+    for how in ("memory", "torch", "mapping", "bug"):
         noisy.ask("fail", {"how": how})
         error = noisy.hear()["error"]
         assert error["type"] == "StageError"
         messages[how] = error["message"]
     assert messages["bug"] == "KeyError: 'first line'"
-    for how in ("memory", "torch"):
+    for how in ("memory", "torch", "mapping"):
         assert "memory ran out" in messages[how]
         assert "lower training.batch_size" in messages[how]
     noisy.ask("no-such-stage", {})

@@ -77,7 +77,7 @@ def _(trial: Trial) -> str:
     )
     cycle = trial.run(fault)
     if cycle.state is State.FAILED:
-        trial.refused(cycle, "memory ran out", "worker", "Error")
+        trial.refused(cycle, "memory", "worker", "Error", "thread")
         trial.promoted(trial.again())
         return "refused"
     trial.promoted(cycle)
@@ -181,7 +181,7 @@ def _(trial: Trial) -> str:
     with trial.bench.small_disk():
         trial.bench.remount("ro")
         ran = cli(trial.config, "run")
-        if ran.returncode == 0 or "Read-only" not in ran.stderr or "Traceback" in ran.stderr:
+        if ran.returncode == 0 or "read-only" not in ran.stderr or "Traceback" in ran.stderr:
             raise Broken(f"on a read-only state: {ran.returncode}, {ran.stderr}")
         trial.bench.remount("rw")
         (trial.home / "fired").touch()

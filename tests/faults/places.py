@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -197,17 +198,17 @@ def _limit_memory(fault: Armed) -> None:
 
 def _jump(fault: Armed) -> None:
     """The machine's clock is set, by `amount` seconds."""
-    from datetime import UTC, datetime, timedelta
-
     from storage import records
 
-    def utcnow() -> datetime:
-        return datetime.now(UTC).replace(tzinfo=None) + jumped  # type: ignore[name-defined]  # noqa: F821
-
     records.jumped = timedelta(seconds=fault.amount)  # type: ignore[attr-defined]
-    records.utcnow.__code__ = utcnow.__code__  # everybody has the function already
+    records.utcnow.__code__ = _utcnow.__code__  # everybody has the function already
     real = time.time
     time.time = lambda: real() + fault.amount
+
+
+def _utcnow() -> datetime:
+    """Becomes the body of the one in `storage.records`, where the names are known."""
+    return datetime.now(UTC).replace(tzinfo=None) + jumped  # type: ignore[name-defined]  # noqa: F821
 
 
 def _lose_mlflow(fault: Armed) -> None:
