@@ -209,6 +209,7 @@ _ORDER = (State.PULLED, State.SNAPSHOTTED, State.TRAINED, State.EVALUATED, State
 def _damage(trial: Trial, path: Path) -> str:
     """Truncated, or one byte turned."""
     data = path.read_bytes()
+    (trial.home / "fired").touch()
     if trial.dice.random() < 0.5:
         path.write_bytes(data[: trial.dice.randrange(len(data))])
         return "truncated"
