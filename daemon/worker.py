@@ -136,6 +136,8 @@ def describe(error: BaseException) -> dict[str, str]:
     first_line = next(iter(str(error).splitlines()), "")
     if _is_out_of_memory(error):
         message = f"memory ran out ({first_line}); lower training.batch_size and raise training.accumulation"
+    elif isinstance(error, OSError):
+        message = f"{first_line}; free space or fix the permissions, then `daemon retrain-now`"
     else:
         message = f"{type(error).__name__}: {first_line}"
     return {"type": "StageError", "message": message}
