@@ -1,5 +1,6 @@
 # make demo    set up, then the main job end to end on invented data (about 10 minutes on 2 cores)
 # make test    set up, then everything CI runs
+# make test-fuzz   the property-based tests, fifty times longer and at random (FUZZ=50)
 # make setup   the virtual environment alone        PYTHON=python3.12 picks another Python
 # make benchmark-quality-small   the quality benchmark on invented rows (minutes)
 # make benchmark-quality CLINC=DIR CLBENCH=DIR   the same on real data (hours); SIZE=wide|ten|full
@@ -22,11 +23,13 @@ SEED ?= 1
 FIRST ?= 1
 MINUTES ?= 10
 
+FUZZ ?= 50
+
 SIZE ?= wide
 QUALITY := $(BIN)/python -m benchmarks.quality
 QUALITY_ARGS ?=
 
-.PHONY: setup demo test test-faults format clean benchmark-quality benchmark-quality-small test-soak test-collector
+.PHONY: setup demo test test-faults format clean benchmark-quality benchmark-quality-small test-soak test-collector test-fuzz
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -59,6 +62,10 @@ test-soak: setup
 
 test-collector: setup
 	MINUTES=$(MINUTES) $(BIN)/python -m pytest -s tests/test_collector.py
+
+# What fails is kept in .hypothesis/ and tried first the next time.
+test-fuzz: setup
+	HOLDFAST_FUZZ=$(FUZZ) $(BIN)/python -m pytest --timeout=0 tests/test_fuzz_*.py $(TEST_ARGS)
 
 # An interrupted benchmark continues with the same command; what is recorded is not run again.
 benchmark-quality: setup

@@ -107,8 +107,8 @@ def _roles(evidence: Evidence, cycle: Cycle, snapshot: Snapshot) -> Iterator[tup
     yield "validation", validation - train
     chosen = evidence.concluded(cycle.id)
     if cycle.id in evidence.verdicts and chosen and evidence.has(chosen.result):
-        text = result_files(evidence.path(chosen.result))["report"].read_text(encoding="utf-8")
-        yield "replay", {*TrainReport.from_json(text).rehearsed} - train - validation
+        report = TrainReport.read(result_files(evidence.path(chosen.result))["report"])
+        yield "replay", {*report.rehearsed} - train - validation
 
 
 def each_frozen_suite_is_what_was_frozen(evidence: Evidence) -> Iterator[Wrong]:

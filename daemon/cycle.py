@@ -244,7 +244,7 @@ class CycleRunner:
         chosen = rescue.concluded(candidates)
         assert chosen.verdict is not None
         reason = rescue.summary(candidates, gate.summary_of(chosen.verdict), over=over)
-        report = TrainReport.from_json(result_files(self._result(chosen))["report"].read_text())
+        report = TrainReport.read(result_files(self._result(chosen))["report"])
         log.info("%s", reason, extra=_action("decided", cycle))
         return self.store.advance(
             cycle.id,

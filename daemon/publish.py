@@ -64,7 +64,7 @@ def _record(
     store: Store, settings: Settings, cycle: Cycle, candidate: Candidate, info: dict[str, Any]
 ) -> CycleRecord:
     result = result_files(settings.state_dir / candidate.result)
-    training = TrainReport.from_json(result["report"].read_text())
+    training = TrainReport.read(result["report"])
     told = report.cycle_report(store, cycle.id)
     table = report.Matrix(**told["matrix"]) if told["matrix"] else None  # None: no task has a suite yet
     verdict, meta = told["verdict"], info["meta"]

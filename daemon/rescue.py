@@ -243,7 +243,7 @@ def _settle(result: Path, job: BlendJob, choice: tradeoff.Choice) -> None:
     if artifacts.made_for(result, made_of):
         return
     source = result_files(job.candidate)
-    told = TrainReport.from_json(source["report"].read_text(encoding="utf-8"))
+    told = TrainReport.read(source["report"])
     note = f"blended: {choice.share:g} of the way from the champion to the trained adapter; {choice.why}"
     with artifacts.atomic_dir(result, {"job": made_of}) as folder:
         parts = result_files(folder)

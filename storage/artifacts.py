@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from storage.errors import IntegrityError
+from storage.errors import UNREADABLE, IntegrityError
 
 MANIFEST = "manifest.json"
 _NEXT = "move the directory aside and run `daemon doctor`"
@@ -135,7 +135,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise IntegrityError(f"{root} is not complete: it has no {MANIFEST}; {_NEXT}") from None
-    except ValueError as error:
+    except UNREADABLE as error:
         raise IntegrityError(f"{root / MANIFEST} is damaged ({error}); {_NEXT}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise IntegrityError(f"{root / MANIFEST} is damaged (it lists no files); {_NEXT}")

@@ -11,6 +11,12 @@ class HoldfastError(Exception):
         super().__init__(message or (self.__doc__ or "").strip())
 
 
+# What Python raises while it reads a file that is not what was written: each loader says it in its own words.
+UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError
+)  # fmt: skip
+
+
 class ConfigError(HoldfastError):
     """The configuration is not usable; run `daemon doctor` for the list of problems."""
 

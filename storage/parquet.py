@@ -12,7 +12,7 @@ from typing import Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.errors import IntegrityError
+from storage.errors import UNREADABLE, IntegrityError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +62,6 @@ def read_rows(path: str | Path) -> list[SnapshotRow]:
     try:
         columns = pq.ParquetFile(path).read(columns=list(COLUMNS)).to_pydict()
         rows = zip(*(columns[name] for name in COLUMNS), strict=True)
-    except (OSError, KeyError, pa.ArrowException) as error:
+    except (*UNREADABLE, pa.ArrowException) as error:
         raise IntegrityError(f"{path} cannot be read as rows: {error}; run `daemon doctor`") from None
     return [SnapshotRow(**dict(zip(COLUMNS, row, strict=True))) for row in rows]

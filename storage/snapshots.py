@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.artifacts import atomic_dir, is_complete, verify
-from storage.errors import IntegrityError
+from storage.errors import UNREADABLE, IntegrityError
 from storage.parquet import RowLike, SnapshotRow, read_rows, write_rows
 from storage.records import StoredRow
 from storage.rows import Split
@@ -97,10 +97,15 @@ def load(path: str | Path) -> Snapshot:
     """A snapshot whose every byte is what was written, under the name that its content gave it."""
     path = Path(path)
     verify(path)
-    info = json.loads((path / INFO).read_text(encoding="utf-8"))
-    snapshot = Snapshot(id=info.pop("id"), path=path, info=info)
-    names = [*info["counts"], *(suite["file"].removesuffix(".parquet") for suite in info["suites"])]
-    found = _identify({name: snapshot.rows(name) for name in names}, info)
+    try:
+        info = json.loads((path / INFO).read_text(encoding="utf-8"))
+        snapshot = Snapshot(id=info.pop("id"), path=path, info=info)
+        names = [*info["counts"], *(suite["file"].removesuffix(".parquet") for suite in info["suites"])]
+        found = _identify({name: snapshot.rows(name) for name in names}, info)
+    except UNREADABLE as error:
+        raise IntegrityError(
+            f"{path / INFO} is damaged ({error!r}); move the snapshot aside and run `daemon doctor`"
+        ) from None
     if not found == snapshot.id == path.name:
         raise IntegrityError(
             f"the snapshot {path} has other content than its name says ({found}); "

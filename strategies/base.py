@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.artifacts import atomic_dir
-from storage.errors import ModelError
+from storage.errors import UNREADABLE, IntegrityError, ModelError
 from strategies.contract import PreparedBase, PrepareJob, Progress
 
 RECORD = "base.json"
@@ -70,10 +70,13 @@ def prepared(out: Path) -> PreparedBase | None:
     record = out / RECORD
     if not record.exists():
         return None
-    base = PreparedBase.from_json(record.read_text(encoding="utf-8"))
-    source = Path(base.source)
-    edited = not base.stamp or (source.exists() and _stamp(source) != base.stamp)
-    return None if edited or not Path(base.path).is_dir() else base
+    try:
+        base = PreparedBase.read(record)
+        source = Path(base.source)
+        edited = not base.stamp or (source.exists() and _stamp(source) != base.stamp)
+        return None if edited or not Path(base.path).is_dir() else base
+    except (IntegrityError, *UNREADABLE):  # a damaged note on what can be made again
+        return None
 
 
 def _stamp(source: Path) -> str:

@@ -5,7 +5,6 @@
 LoRA's factors may be averaged one by one; adapters of other shapes may not, and are refused.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from storage import artifacts
 from storage.errors import ModelError
 from strategies.contract import BlendJob, Progress, blended, result_files
+from strategies.model import adapter_config
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # What decides which update the factors stand for; with other values they cannot be averaged.
@@ -65,7 +65,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _check_config(champion: Path, candidate: Path) -> None:
-    one, other = (json.loads((end / CONFIG).read_text(encoding="utf-8")) for end in (champion, candidate))
+    one, other = adapter_config(champion), adapter_config(candidate)
     for key in _SHAPE:
         if one.get(key) != other.get(key):
             raise ModelError(

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from storage.artifacts import make_folder, write_file
-from storage.errors import IntegrityError
+from storage.errors import UNREADABLE, IntegrityError
 from strategies.contract import CurvePoint, TrainJob
 
 FORMAT = 1
@@ -83,8 +83,10 @@ class Checkpoints:
             if hashlib.sha256(data).hexdigest() != info["sha256"]:
                 raise ValueError(f"{info['tensors']} was changed")
             return Course.from_dict(info["course"]), load_tensors(data)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise IntegrityError(f"the checkpoint {path} is damaged: {error}") from None
+        except (*UNREADABLE, SafetensorError) as error:
+            raise IntegrityError(
+                f"the checkpoint {path} is damaged: {error}; move it aside, and the training begins again"
+            ) from None
 
     def clear(self) -> None:
         (self.folder / INFO).unlink(missing_ok=True)

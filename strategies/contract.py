@@ -12,6 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
+from storage.errors import UNREADABLE, IntegrityError
+
 
 class Record:
     """JSON in and out for the frozen dataclasses below (flat fields, paths, enums, nested records)."""
@@ -27,6 +29,14 @@ class Record:
     @classmethod
     def from_json(cls, text: str) -> Self:
         return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """From a file. Raises `IntegrityError` when it is not what was written."""
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except UNREADABLE as error:
+            raise IntegrityError(f"{path} cannot be read ({error}); run `daemon doctor`") from None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from storage.errors import IntegrityError
+from storage.errors import UNREADABLE, IntegrityError
 from strategies import distill
 from strategies.contract import StrategySpec
 from strategies.distill import Opinion
@@ -81,9 +81,9 @@ def load(path: Path) -> dict[str, Opinion]:
         lengths = [length for _, length in told]
         if sum(lengths) != len(ids) or ids.shape != logprobs.shape:
             raise ValueError("its parts do not fit together")
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        parts: zip[tuple[list[Any], Tensor, Tensor]] = zip(
+            told, ids.split(lengths), logprobs.split(lengths), strict=True
+        )
+        return {row: Opinion(ids=i, logprobs=p) for (row, _), i, p in parts}
+    except (*UNREADABLE, SafetensorError, RuntimeError) as error:
         raise IntegrityError(f"{path} cannot be read ({error}); run `daemon doctor`") from None
-    parts: zip[tuple[list[Any], Tensor, Tensor]] = zip(
-        told, ids.split(lengths), logprobs.split(lengths), strict=True
-    )
-    return {row: Opinion(ids=i, logprobs=p) for (row, _), i, p in parts}

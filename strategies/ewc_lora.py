@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storage.errors import IntegrityError, ModelError
+from storage.errors import UNREADABLE, IntegrityError, ModelError
 from strategies.batches import Example, collate, nll
 from strategies.ewc import check_finite, choose
 from strategies.method import Method, in_batches
@@ -163,5 +163,5 @@ def load(path: Path) -> Sums:
         tensors = load_file(path)
         names = [name.removeprefix("rows/") for name in tensors if name.startswith("rows/")]
         return {name: (tensors[f"rows/{name}"], tensors[f"columns/{name}"]) for name in names}
-    except (OSError, SafetensorError, KeyError) as error:
+    except (*UNREADABLE, SafetensorError) as error:
         raise IntegrityError(f"{path} cannot be read ({error}); run `daemon doctor`") from None

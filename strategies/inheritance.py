@@ -4,7 +4,6 @@ A parent is the result directory of an earlier training; without one everything 
 that are not active now have their state carried along, so that they can be taken up again.
 """
 
-import json
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -16,7 +15,14 @@ from strategies import combinations, replay_memory, replay_policies
 from strategies.batches import Example
 from strategies.contract import LoraSpec, TrainJob, TrainReport, result_files
 from strategies.der import Der
-from strategies.model import Base, follows_targets, fresh_adapter, grown_adapter, with_adapter
+from strategies.model import (
+    Base,
+    adapter_config,
+    follows_targets,
+    fresh_adapter,
+    grown_adapter,
+    with_adapter,
+)
 from strategies.replay import Replay, room, seen
 
 _ABOUT_ROWS = {Replay.file, Der.file}  # the rest is about parameters
@@ -62,7 +68,7 @@ def notes(job: TrainJob, model: Module, files: dict[str, str]) -> list[str]:
     if job.parent is None:
         return []
     state = result_files(job.parent)["state"]
-    before = TrainReport.from_json(result_files(job.parent)["report"].read_text(encoding="utf-8")).strategy
+    before = TrainReport.read(result_files(job.parent)["report"]).strategy
     said = []
     if before != job.strategy.name:
         said.append(f"strategy changed from {before} to {job.strategy.name}")
@@ -84,9 +90,7 @@ def _lora_notes(job: TrainJob, model: Module) -> list[str]:
     """An adapter that goes on keeps its shape, and one that grows its places; settings that ask for others
     are named."""
     assert job.parent is not None
-    config = json.loads(
-        (result_files(job.parent)["adapter"] / "adapter_config.json").read_text(encoding="utf-8")
-    )
+    config = adapter_config(result_files(job.parent)["adapter"])
     grows = "olora" in job.strategy.methods
     lora, layers = job.lora, sorted({name.rpartition(".")[2] for name in config["target_modules"]})
     settings = [  # name, what is asked for, what the adapter has, whether they differ

@@ -336,7 +336,7 @@ def train(job: TrainJob, tell: Tell, should_stop: Callable[[], bool]) -> TrainRe
         with deterministic(job.train.seed, job.train.threads, job.model.device):
             _run(job, checkpoints, tell, should_stop)
     checkpoints.clear()
-    return TrainReport.from_json(result_files(out)["report"].read_text(encoding="utf-8"))
+    return TrainReport.read(result_files(out)["report"])
 
 
 def _run(job: TrainJob, checkpoints: Checkpoints, tell: Tell, should_stop: Callable[[], bool]) -> None:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from storage.errors import ModelError
+from storage.errors import UNREADABLE, ModelError
 from strategies.contract import LoraSpec, ModelSpec
 from strategies.text import Prompter
 
@@ -128,6 +128,7 @@ def with_adapter(base: Base, folder: Path, *, trainable: bool) -> PeftModel:
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise ModelError(f"there is no adapter_model.safetensors in {folder}; run `daemon doctor`")
+    adapter_config(folder)  # PEFT takes a damaged one for another kind of adapter, or for none
     try:
         with safe_open(weights, "pt") as file:
             found = set(file.keys())
@@ -136,12 +137,29 @@ def with_adapter(base: Base, folder: Path, *, trainable: bool) -> PeftModel:
             model = PeftModel.from_pretrained(
                 base.model, str(folder), is_trainable=trainable, torch_device=str(base.device)
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the adapter in {folder} cannot be loaded on this base: {error}") from error
-    if different := found ^ set(get_peft_model_state_dict(model)):
+            wanted = set(get_peft_model_state_dict(model))
+    except (*UNREADABLE, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"the adapter in {folder} cannot be loaded on this base: {error}; run `daemon doctor`"
+        ) from error
+    if different := found ^ wanted:
         model.unload()
-        raise ModelError(f"the adapter in {folder} is not whole or of another base: {min(different)}")
+        raise ModelError(
+            f"the adapter in {folder} is not whole or of another base: {min(different)}; run `daemon doctor`"
+        )
     return model
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """What PEFT wrote about a saved adapter. Raises `ModelError` when it is damaged."""
+    path = folder / "adapter_config.json"
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+        if not isinstance(config["r"], int) or not {*config["target_modules"]}:
+            raise ValueError("it has no rank or no target modules")
+        return config
+    except UNREADABLE as error:
+        raise ModelError(f"the adapter's {path} cannot be read: {error!r}; run `daemon doctor`") from None
 
 
 def grown_adapter(base: Base, folder: Path, lora: LoraSpec, seed: int) -> PeftModel:

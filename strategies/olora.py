@@ -6,7 +6,6 @@ Wang et al. 2023 (arXiv 2310.14152, eq. 7–8). The sum of adapters of rank r is
 stand side by side, so what is saved is an ordinary adapter, whose rank grows by r in every cycle.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from strategies.contract import result_files
 from strategies.method import Method
-from strategies.model import trainable
+from strategies.model import adapter_config, trainable
 
 
 class OLora(Method):
@@ -24,8 +23,7 @@ class OLora(Method):
 
     def load(self, state: Path) -> None:
         super().load(state)
-        config = result_files(state.parent)["adapter"] / "adapter_config.json"
-        self.old = int(json.loads(config.read_text(encoding="utf-8"))["r"])
+        self.old = int(adapter_config(result_files(state.parent)["adapter"])["r"])
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         self.kept = {name: part.clone() for name, part in self._old_parts(strategy).items()}

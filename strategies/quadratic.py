@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from storage.errors import IntegrityError
+from storage.errors import UNREADABLE, IntegrityError
 
 FORMAT = "2"  # of the file
 
@@ -96,10 +96,10 @@ def load(path: Path) -> Quadratic:
                 raise KeyError(f"not of format {FORMAT}, whose curvature is relative")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         curvature, centre = _under("curvature/", tensors), _under("centre/", tensors)
-        if curvature.keys() != centre.keys():
-            raise KeyError("centres and curvatures are of different parameters")
+        if {n: h.shape for n, h in curvature.items()} != {n: m.shape for n, m in centre.items()}:
+            raise ValueError("centres and curvatures are of different parameters")
         return Quadratic(curvature=curvature, centre=centre, constant=float(tensors["constant"]))
-    except (OSError, SafetensorError, KeyError) as error:
+    except (*UNREADABLE, SafetensorError, RuntimeError) as error:
         raise IntegrityError(f"{path} cannot be read ({error}); run `daemon doctor`") from None
 
 

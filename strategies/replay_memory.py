@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from storage.errors import IntegrityError
+from storage.errors import UNREADABLE, IntegrityError
 
 FILE = "replay.json"
 FORMAT = 2
@@ -133,7 +133,7 @@ def load(state_dir: Path) -> Memory | None:
         return None
     try:
         return _read(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise IntegrityError(
             f"the replay memory {path} cannot be read ({error}); run `daemon doctor`"
         ) from None

@@ -7,11 +7,20 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.fuzzing import FACTOR
+
 if TYPE_CHECKING:
     from tests.bots import Bot
 
 # Machines are shared and noisy: how long an example takes says nothing about the code.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# The same examples in every run, so that a change is judged by what it changed: see `tests.fuzzing`.
+settings.register_profile(
+    "patient",
+    deadline=None,
+    derandomize=FACTOR == 1,
+    max_examples=100 * FACTOR,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 settings.load_profile("patient")
 
 
