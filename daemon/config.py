@@ -35,6 +35,8 @@ def load(path: Path) -> Settings:
         both = "strategy" in str(error) and "twice" in str(error)
         hint = "; write strategy = [...] or the table [strategy], not both" if both else ""
         raise ConfigError(f"{path} is not valid TOML: {error}{hint}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid TOML: it is nested too deeply") from None
     _check_environment()
     try:
         settings = Settings(**long_form(values))

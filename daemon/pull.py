@@ -12,6 +12,7 @@ from typing import Any
 from daemon.base import length_counter, token_limit
 from daemon.settings import Settings
 from storage import files, intake, sources
+from storage.errors import HoldfastError
 from storage.intake import IntakeReport
 from storage.store import Store
 from strategies.contract import PreparedBase
@@ -38,12 +39,21 @@ def pull_source(
 def take_in_files(
     settings: Settings, store: Store, base: PreparedBase, paths: Sequence[Path]
 ) -> IntakeReport:
-    """Takes in JSONL, CSV or Parquet files by hand, under the same rules as the source."""
-    spec = source_spec(settings)
+    """Takes in JSONL, CSV or Parquet files by hand, under the same rules as the source.
+
+    An error that comes when rows were taken already says which: they stay.
+    """
+    spec, rules = source_spec(settings), _rules(settings, base)
     taken = IntakeReport()
-    for path in paths:
-        batches = files.read_files([path], spec.columns)
-        taken += intake.take(batches, store, spec, source_name=f"file:{path.name}", **_rules(settings, base))
+    try:
+        for path in paths:
+            for batch in files.read_files([path], spec.columns):
+                taken += intake.take([batch], store, spec, source_name=f"file:{path.name}", **rules)
+    except HoldfastError as error:
+        if not taken.read:
+            raise
+        said = f"{error}. What was read before that is kept: {taken}. `daemon ingest` again takes the rest"
+        raise type(error)(said) from None
     return taken
 
 
