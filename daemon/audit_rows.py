@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from daemon.evidence import ALL, BACKUP, Evidence, Wrong, identity
 from storage import snapshots
+from storage.intake import is_as_it_came
 from storage.parquet import read_rows
-from storage.records import Cycle, rejection_hash
+from storage.records import Cycle
 from storage.snapshots import Snapshot
 from strategies.contract import TrainReport, result_files
 
@@ -34,7 +35,7 @@ def each_question_is_in_one_split(evidence: Evidence) -> Iterator[Wrong]:
 def each_row_in_quarantine_is_as_it_came(evidence: Evidence) -> Iterator[Wrong]:
     """That its content is in the store by now is right: `source.on_conflict` or a limit may have changed."""
     for refused in evidence.store.quarantined(ALL):
-        if rejection_hash(refused.raw, refused.reason) != refused.hash:
+        if not is_as_it_came(refused):
             yield Wrong(message=f"the quarantined row {refused.hash} was changed", next=STORE)
 
 

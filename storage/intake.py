@@ -7,6 +7,7 @@ wrote is only ever text here.
 
 import json
 import math
+import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ CountTokens = Callable[[str, str], int]  # (context and question, answer) -> tok
 _MOST_CHARACTERS = 1_000_000  # no prompt is as long; spares the tokenizer
 _LONGEST_TASK = 100  # characters: a task's name becomes part of metric names
 _SHOWN = 4_000  # characters of a field that the quarantine keeps
+_SHORTENED = re.compile(r"… \(\d+ characters\)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +289,22 @@ def _reject(raw: RawRow, refusal: _Refused, source: str, now: datetime) -> Rejec
         source=source,
         at=now,
     )
+
+
+def is_as_it_came(rejected: Rejected) -> bool:
+    """Whether a quarantined row has the content that its identity was made of.
+
+    Of a shortened one that cannot be told any more.
+    """
+    if rejection_hash(rejected.raw, rejected.reason) == rejected.hash:
+        return True  # refused by the store, which keeps the very text
+    try:
+        values = json.loads(rejected.raw)
+        if any(isinstance(value, str) and _SHORTENED.search(value) for value in values.values()):
+            return True
+        return rejection_hash(json.dumps(values, sort_keys=True), rejected.reason) == rejected.hash
+    except (ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _plain(value: object) -> str | int | float | bool | None:

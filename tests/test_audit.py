@@ -692,3 +692,22 @@ def test_looking_into_mlflow_makes_neither_a_database_nor_an_experiment(tmp_path
     assert audited(bot) == []
     assert not (bot.settings.state_dir / "mlflow.db").exists()
     bot.store.close()
+
+
+def test_what_the_intake_refused_is_no_finding_unless_it_was_changed(tmp_path: Path) -> None:
+    from storage.intake import is_as_it_came, validate
+    from storage.records import Rejected, utcnow
+    from storage.sources import RawRow, SourceSpec
+
+    for values in (
+        {"question": "q é", "id": 1, "answer": ""},
+        {"text": "\udcff{", "at": float("nan")},
+        {"question": ["q"], "answer": "x" * 9000, "id": b"\xff"},
+    ):
+        raw = RawRow(values=values, location="x line 1", problem="broken" if "text" in values else "")
+        refused = validate(raw, SourceSpec(), source="x", now=utcnow())
+        assert isinstance(refused, Rejected)
+        assert is_as_it_came(refused)
+    whole = validate(RawRow(values={"id": 1}, location="x"), SourceSpec(), source="x", now=utcnow())
+    assert isinstance(whole, Rejected)
+    assert not is_as_it_came(replace(whole, raw='{"id": 2}'))
