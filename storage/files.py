@@ -329,12 +329,17 @@ def _parquet_rows(connection: Any, path: Path, literal: str, names: list[str]) -
 def _unchecked_rows(connection: Any, file: Any, names: list[str]) -> Iterator[tuple[Any, ...]]:
     """What DuckDB makes of the columns, except that text may be bytes, which the intake judges."""
     for batch in file.iter_batches(_PARQUET_ROWS, columns=names):
-        columns = [batch.column(batch.schema.names.index(name)) for name in names]
+        columns = [_spelt_out(batch.column(batch.schema.names.index(name))) for name in names]
         text = [_is_text(column.type) for column in columns]
         plain = [c.cast(pa.large_binary()) if t else c for c, t in zip(columns, text, strict=True)]
         table = pa.table(plain, names=[str(place) for place in range(len(names))])
         for values in connection.from_arrow(table).fetchall():
             yield tuple(_as_text(v) if t else v for v, t in zip(values, text, strict=True))
+
+
+def _spelt_out(column: Any) -> Any:
+    """Text that is kept as places in a list of texts, which may be broken like any other."""
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
 
 def _is_text(kind: Any) -> bool:

@@ -277,6 +277,15 @@ def test_every_text_type_of_parquet_may_hold_text_that_is_not_utf8(tmp_path: Pat
         assert found == [("ok", "ok", "a"), (b"\xff", b"\xff", b"\xfe"), (None, None, "c")]
 
 
+def test_a_parquet_column_kept_as_a_dictionary_may_hold_text_that_is_not_utf8(tmp_path: Path) -> None:
+    places, words = pa.array([0, 1, None, 0], pa.int32()), texts(b"ok", b"\xff")
+    kept = pa.DictionaryArray.from_arrays(places, words)
+    table = {"id": texts(b"1", b"2", b"3", b"4"), "question": kept, "answer": texts(b"a", b"b", b"c", b"d")}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    found = [row.values["question"] for row in rows(tmp_path / "x.parquet")]
+    assert found == ["ok", b"\xff", None, "ok"]
+
+
 def test_a_parquet_file_with_such_text_is_not_loaded_as_a_whole(tmp_path: Path) -> None:
     text = texts(b"\xff", *(b"%d" % n * 200 for n in range(40_000)))
     table = pa.table({"id": text, "question": text, "answer": text})
