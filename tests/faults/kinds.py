@@ -139,6 +139,7 @@ def _(trial: Trial) -> str:
         number = daemon.retrain()
         second = trial.daemon()
         code = second.process.wait(SECONDS)
+        second.__exit__(None, None, None)
         log = (trial.home / "daemon.log").read_text()
         if code != 1 or "runs on" not in log or "`daemon status`" not in log:
             raise Broken(f"the second daemon ended with {code}: {log}")
@@ -219,18 +220,20 @@ def _damage(trial: Trial, path: Path) -> str:
 
 
 def _refuses(trial: Trial, path: Path, *, start: bool = True) -> str:
-    """With this file damaged the cycle fails and the audit names it; put back, all goes well."""
+    """With this file damaged the cycle fails and the audit names it; put back, all goes well. What only the
+    failed cycle had made is gone with it (`[retention]`)."""
     kept = trial.home / "kept"
     shutil.copy(path, kept)
     _damage(trial, path)
     trial.refused(trial.run_on() if start else trial.run(), path.name, "changed", "suite")
-    found = trial.findings()
-    if not any(path.parent.name in told or path.name in told for told in found):
+    found, there = trial.findings(), path.exists()
+    if there and not any(path.parent.name in told or path.name in told for told in found):
         raise Broken(f"the audit does not name {path}: {found}")
     with trial.store() as store:
         if len(store.promotions()) != trial.number - 1:
             raise Broken("something was promoted from a damaged file")
-    shutil.copy(kept, path)
+    if there:
+        shutil.copy(kept, path)
     trial.promoted(trial.again())
     return "refused"
 
