@@ -131,7 +131,7 @@ CHECKS: tuple[Callable[[Evidence], Iterator[Wrong]], ...] = (
     audit_erasures.no_erased_row_is_left_anywhere,
     audit_erasures.nothing_that_learned_an_erased_row_serves,
     audit_cycles.no_cycle_is_left_that_nobody_will_continue,
-    audit_cycles.each_ended_cycle_says_why_and_when,
+    audit_cycles.each_ended_cycle_says_why,
     audit_cycles.each_cycle_took_only_arrows_that_exist,
     audit_cycles.each_cycle_ended_as_its_verdict_says,
     audit_cycles.each_candidate_is_one_that_a_rescue_makes,
