@@ -11,9 +11,10 @@ def test_a_few_cycles_under_churn_leave_nothing_behind(tmp_path: Path, base: Pat
     with soak.running(tmp_path, base, real=False) as daemon:
         weights = list(soak.soak(daemon, CYCLES))
         assert daemon.stop() == 0
-    first, last = weights[2], weights[-1]  # by the third all libraries are there
-    assert last.files <= first.files + soak.FILES
-    assert last.threads <= first.threads + soak.THREADS
+    # A connection may be open at the moment of a look: the least of three looks. One left behind a cycle shows.
+    files, threads = [w.files for w in weights], [w.threads for w in weights]
+    assert min(files[-3:]) <= max(files[:3]) + soak.FILES
+    assert min(threads[-3:]) <= max(threads[:3]) + soak.THREADS
     adapters = list((tmp_path / "state/cycles").rglob("adapter_model.safetensors"))
     assert len(adapters) < CYCLES - 1, "old champions and rejected versions are gone"
     assert soak.findings(daemon) == []
