@@ -11,7 +11,7 @@ def test_a_few_cycles_under_churn_leave_nothing_behind(tmp_path: Path, base: Pat
     with soak.running(tmp_path, base, real=False) as daemon:
         weights = list(soak.soak(daemon, CYCLES))
         assert daemon.stop() == 0
-    # A connection may be open at the moment of a look: the least of three counts, and one a cycle still shows.
+    # A connection may be open for a moment: the least of three counts. One left behind a cycle still shows.
     files, threads = [w.files for w in weights], [w.threads for w in weights]
     assert min(files[-3:]) <= max(files[:3]) + soak.FILES
     assert min(threads[-3:]) <= max(threads[:3]) + soak.THREADS
