@@ -9,9 +9,10 @@ from itertools import pairwise
 
 from daemon import rescue
 from daemon.audit_rows import STORE
-from daemon.evidence import ALL, BACKUP, Evidence, Wrong
+from daemon.evidence import BACKUP, Evidence, Wrong
 from daemon.promote import champions
 from storage.records import TRANSITIONS, Candidate, Cycle, Promotion, State
+from storage.store import ALL
 from strategies.contract import result_files
 from strategies.replay_memory import memory_hashes
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from daemon.erasure import content_hash, holds
-from daemon.evidence import ALL, Evidence, Wrong, identity
+from daemon.evidence import Evidence, Wrong, identity
 from storage.runs import PREDICTIONS
+from storage.store import ALL
 
 AGAIN = 'daemon erase --row {row} --why "again"'
 

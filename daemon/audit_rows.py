@@ -5,12 +5,13 @@ One function an invariant; each yields what contradicts it. Reads, and changes n
 
 from collections.abc import Iterator
 
-from daemon.evidence import ALL, BACKUP, Evidence, Wrong, identity
+from daemon.evidence import BACKUP, Evidence, Wrong, identity
 from storage import snapshots
 from storage.intake import is_as_it_came
 from storage.parquet import read_rows
 from storage.records import Cycle
 from storage.snapshots import Snapshot
+from storage.store import ALL
 from strategies.contract import TrainReport, result_files
 
 STORE = BACKUP.format(path="store.duckdb")

@@ -18,14 +18,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from daemon.retention import ALL
 from daemon.settings import Settings
 from storage.errors import ControlError
 from storage.records import Choice, Erasure, Rejected, State, StoredRow
 from storage.registry import Registry
 from storage.removals import ANSWERS, MLFLOW
 from storage.rows import Row, normalise
-from storage.store import Store
+from storage.store import ALL, Store
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,9 @@ from storage.registry import Listing, Registry
 from storage.removals import ANSWERS
 from storage.rows import Row, Split
 from storage.snapshots import Snapshot
-from storage.store import Store
+from storage.store import ALL, Store
 from strategies.contract import result_files
 
-ALL = 2**62
 BACKUP = "stop the daemon and put back your newest backup of {path}"
 
 

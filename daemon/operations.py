@@ -21,7 +21,7 @@ from storage.reach import redact
 from storage.records import Promotion
 from storage.registry import Registry
 from storage.rows import Split
-from storage.store import Store
+from storage.store import ALL, Store
 from strategies.contract import PreparedBase
 
 PAUSED = "paused"  # the key in the store's meta: who paused, and when
@@ -122,7 +122,6 @@ def audit(
 ) -> dict[str, Any]:
     """Everything that contradicts what must never change, and how much was looked at."""
     from daemon import audit as auditor
-    from daemon.evidence import ALL
 
     names: list[str] = []
 

@@ -23,11 +23,10 @@ from storage.registry import Registry
 from storage.removals import ANSWERS, MLFLOW
 from storage.runs import PREDICTIONS
 from storage.snapshots import Snapshot
-from storage.store import Store
+from storage.store import ALL, Store
 
 log = logging.getLogger(__name__)
 
-ALL = 2**62
 # Of a version's run in MLflow, by the last part of its path.
 _FILES = {"model": ("model",), "answers": (PREDICTIONS,)}
 

@@ -32,6 +32,7 @@ from daemon.notify import Notifier
 from daemon.settings import Settings
 from storage.errors import ConfigError, ControlError, HoldfastError, Interrupted, StoreBusy, StoreError
 from storage.records import utcnow
+from storage.registry import Registry
 from storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -196,23 +197,21 @@ class Service:
 
     def _housekeeping(self) -> bool:
         """Between two cycles; false when something is left to do."""
-        return self._erase() & self._repair_alias() & self._prune()
+        erased = self._tidied(erasure.finish, "an erasure is not finished", "unerased")
+        return (
+            erased
+            & self._repair_alias()
+            & self._tidied(retention.prune, "not everything was pruned", "unpruned")
+        )
 
-    def _erase(self) -> bool:
+    def _tidied(
+        self, work: Callable[[Settings, Store, Registry], object], otherwise: str, action: str
+    ) -> bool:
         daemon = self._daemon
         try:
-            erasure.finish(daemon.settings, daemon.store, daemon.registry)
+            work(daemon.settings, daemon.store, daemon.registry)
         except (HoldfastError, OSError) as error:
-            log.warning("an erasure is not finished: %s", error, extra={"action": "unerased"})
-            return False
-        return True
-
-    def _prune(self) -> bool:
-        daemon = self._daemon
-        try:
-            retention.prune(daemon.settings, daemon.store, daemon.registry)
-        except (HoldfastError, OSError) as error:
-            log.warning("not everything was pruned: %s", error, extra={"action": "unpruned"})
+            log.warning("%s: %s", otherwise, error, extra={"action": action})
             return False
         return True
 

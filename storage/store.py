@@ -37,6 +37,7 @@ from storage.records import (
 from storage.removals import ANSWERS, Removals
 from storage.survey import Survey
 
+ALL = 2**62  # a limit that is none
 _ID = "store_id"  # the key in meta
 
 

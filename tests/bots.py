@@ -15,7 +15,7 @@ from pathlib import Path
 
 import duckdb
 
-from daemon import config, operations
+from daemon import audit, config, operations
 from daemon.cycle import CycleRunner
 from daemon.executor import OnProgress, Stop
 from daemon.settings import Settings
@@ -196,6 +196,20 @@ def lesson(
         (f"{task}-{n}", task, f"which one is {task} {n}", answers[n % len(answers)], split)
         for n, split in enumerate(splits)
     ]
+
+
+def audited(bot: Bot) -> list[audit.Finding]:
+    return list(audit.examine(bot.settings, bot.store, bot.registry))
+
+
+def put_back(bot: Bot, copy: Path) -> None:
+    """The bot's state as the copy has it. The store is closed."""
+    for path in bot.settings.state_dir.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "mlflow.db":  # MLflow keeps it open: it is written over
+            path.unlink()
+    shutil.copytree(copy, bot.settings.state_dir, dirs_exist_ok=True)
 
 
 def two_promoted(bot: Bot) -> None:

@@ -22,7 +22,7 @@ from storage.records import State
 from storage.registry import ADAPTER_TAG, CYCLE_TAG, STORE_TAG
 from storage.rows import Row
 from storage.store import Store
-from tests.bots import FLAVOURS, Bot, Clock, lesson, make_bot, make_bot_again
+from tests.bots import FLAVOURS, Bot, Clock, audited, lesson, make_bot, make_bot_again, put_back
 from tests.daemons import DaemonProcess, cli, read_json
 from tests.test_rescue import kinds
 
@@ -117,12 +117,7 @@ def bot(healthy: tuple[Bot, Path]) -> Iterator[Corrupt]:
     clock = Clock()
     clock.now = made.clock.now + timedelta(hours=2)
     yield Corrupt(made.settings, clock)
-    for path in made.settings.state_dir.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "mlflow.db":  # MLflow keeps it open: it is written over
-            path.unlink()
-    shutil.copytree(copy, made.settings.state_dir, dirs_exist_ok=True)
+    put_back(made, copy)
 
 
 def test_a_bot_with_a_promoted_a_rolled_back_and_a_rejected_cycle_has_no_finding(bot: Corrupt) -> None:
@@ -592,10 +587,6 @@ def test_the_alias_may_lag_behind_a_promotion_for_a_while_and_no_longer(bot: Cor
     assert bot.findings() == []
     bot.clock.now = before
     assert [finding.check for finding in bot.findings()] == ["the_alias_champion_is_the_stores_champion"]
-
-
-def audited(bot: Bot) -> list[audit.Finding]:
-    return list(audit.examine(bot.settings, bot.store, bot.registry))
 
 
 def test_nothing_is_wrong_at_any_moment_of_a_cycle(tmp_path: Path, base: Path) -> None:

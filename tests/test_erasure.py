@@ -8,14 +8,14 @@ from typing import Any
 import duckdb
 import pytest
 
-from daemon import audit, erasure, operations, promote, retention
+from daemon import erasure, operations, promote, retention
 from daemon.executor import Stop
 from storage.errors import ControlError, Interrupted, RegistryUnavailable
 from storage.records import State
 from storage.removals import Removals
 from storage.rows import Row
 from storage.store import Store
-from tests.bots import FLAVOURS, Bot, lesson, make_bot
+from tests.bots import FLAVOURS, Bot, audited, lesson, make_bot, put_back
 from tests.daemons import DaemonProcess, cli
 
 SECRETS = {split: f"does zanzibar-{split}-q like it" for split in ("train", "validation", "suite")}
@@ -47,12 +47,7 @@ def bot(grown: tuple[Bot, Path]) -> Iterator[Bot]:
     made.reopen()
     yield made
     made.store.close()
-    for path in made.settings.state_dir.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "mlflow.db":  # MLflow keeps it open: it is written over
-            path.unlink()
-    shutil.copytree(copy, made.settings.state_dir, dirs_exist_ok=True)
+    put_back(made, copy)
 
 
 def begin(bot: Bot, **which: Any) -> None:
@@ -64,10 +59,6 @@ def erase(bot: Bot, **which: Any) -> None:
     begin(bot, **which)
     erasure.finish(bot.settings, bot.store, bot.registry)
     promote.repair_alias(bot.store, bot.registry)
-
-
-def findings(bot: Bot) -> list[audit.Finding]:
-    return list(audit.examine(bot.settings, bot.store, bot.registry))
 
 
 def files_with(bot: Bot, text: str) -> list[str]:
@@ -95,12 +86,12 @@ def test_a_row_that_was_learned_is_nowhere_and_the_champion_is_the_last_that_nev
     places = files_with(bot, "zanzibar-train")
     assert any(place.startswith("snapshots/") for place in places), "else the test would prove nothing"
     assert "store.duckdb" in places
-    assert findings(bot) == []
+    assert audited(bot) == []
     erase(bot, row="s-train")
     assert files_with(bot, "zanzibar-train") == []
     assert champion(bot) == 1
     assert bot.store.tainted() == {2, 3}
-    assert findings(bot) == []
+    assert audited(bot) == []
     line = bot.store.promotions()[-1]
     assert (line.kind, line.who, line.why) == ("erasure", "ann", "erasure 1: asked to")
     assert bot.store.quarantined() == [], "it had the same question"
@@ -112,7 +103,7 @@ def test_the_answer_too_is_nowhere_when_no_row_has_it_any_more(bot: Bot) -> None
     erase(bot, contains="ZANZIBAR")
     assert files_with(bot, "zanzibar") == []
     assert files_with(bot, ANSWER) == [], "neither as a label nor as something a model said"
-    assert findings(bot) == []
+    assert audited(bot) == []
 
 
 def test_the_rebuild_learns_everything_else_and_the_next_pull_does_not_bring_it_back(bot: Bot) -> None:
@@ -126,9 +117,9 @@ def test_the_rebuild_learns_everything_else_and_the_next_pull_does_not_bring_it_
     assert learned == {"flavours", "shapes"}
     assert files_with(bot, "zanzibar") == [], "the collector still has it"
     assert bot.store.quarantined() == []
-    assert findings(bot) == []
+    assert audited(bot) == []
     retention.prune(bot.settings, bot.store, bot.registry)
-    assert findings(bot) == []
+    assert audited(bot) == []
 
 
 def test_a_suite_gets_a_version_without_the_row_and_nobody_falls(bot: Bot) -> None:
@@ -138,14 +129,14 @@ def test_a_suite_gets_a_version_without_the_row_and_nobody_falls(bot: Bot) -> No
     assert files_with(bot, "zanzibar-suite") == []
     assert champion(bot) == 3
     assert bot.store.tainted() == set()
-    assert findings(bot) == []
+    assert audited(bot) == []
     assert operations.serving(bot.settings, bot.store)["snapshot"] is None, "it held the row"
     bot.collect(lesson("sizes", FLAVOURS))
     assert bot.run().state is State.PROMOTED
     latest = bot.store.latest_suites()["flavours"]
     assert (latest.version, latest.size) == (2, suites["flavours", 1] - 1)
     promote.repair_alias(bot.store, bot.registry)
-    assert findings(bot) == []
+    assert audited(bot) == []
     assert files_with(bot, "zanzibar-suite") == []
 
 
@@ -155,7 +146,7 @@ def test_a_task_that_was_erased_whole_is_no_longer_examined(bot: Bot) -> None:
     made = bot.run(rebuild)
     assert made.state is State.NOTHING or "flavours" not in {s.task for s in bot.store.scores(made.id)}
     assert "flavours" not in bot.store.latest_suites()
-    assert findings(bot) == []
+    assert audited(bot) == []
 
 
 def test_who_learned_it_never_serves_again(bot: Bot) -> None:
@@ -183,7 +174,7 @@ def test_a_cycle_that_was_under_way_is_cancelled_and_leaves_nothing(bot: Bot) ->
     assert after.state is State.CANCELLED
     assert files_with(bot, "zanzibar-new") == []
     assert champion(bot) == 3, "it had not learned it"
-    assert findings(bot) == []
+    assert audited(bot) == []
 
 
 class Killed(BaseException):
@@ -193,7 +184,7 @@ class Killed(BaseException):
 def test_a_kill_in_the_middle_is_taken_up_again(bot: Bot, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each removal of a folder, and before and after the store is written anew."""
     begin(bot, row="s-train")
-    assert any(f.check == "each_erasure_is_finished" for f in findings(bot))
+    assert any(f.check == "each_erasure_is_finished" for f in audited(bot))
     real, rewrite, kills = shutil.rmtree, Removals.rewrite, 0
 
     def dies(path: Any, *args: Any, **options: Any) -> None:
@@ -226,7 +217,7 @@ def test_a_kill_in_the_middle_is_taken_up_again(bot: Bot, monkeypatch: pytest.Mo
     assert not erasure.is_due(bot.store)
     promote.repair_alias(bot.store, bot.registry)
     assert files_with(bot, "zanzibar-train") == []
-    assert findings(bot) == []
+    assert audited(bot) == []
     assert len(bot.store.unfinished()) == 1, "one rebuild, however often it was begun"
 
 
@@ -257,7 +248,7 @@ def test_an_audit_finds_what_came_back(bot: Bot) -> None:
         )
         connection.execute("UPDATE promotions SET version = 3 WHERE kind = 'erasure'")
     bot.reopen()
-    found = {finding.check for finding in findings(bot)}
+    found = {finding.check for finding in audited(bot)}
     assert {"no_erased_row_is_left_anywhere", "nothing_that_learned_an_erased_row_serves"} <= found
 
 
@@ -315,7 +306,7 @@ def test_the_command_says_what_it_will_do_and_asks(bot: Bot, base: Path) -> None
     assert "erasure 2 is done" in ran.stdout, ran.stderr
     bot.reopen()
     assert files_with(bot, "zanzibar-train") + files_with(bot, "zanzibar-suite") == []
-    assert findings(bot) == []
+    assert audited(bot) == []
 
 
 def test_a_start_finishes_what_was_begun(bot: Bot) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from daemon import audit, operations, promote, report, retention
+from daemon import operations, promote, report, retention
 from daemon.executor import Stop
 from storage.errors import ControlError, Interrupted, RegistryUnavailable
 from storage.records import State
-from tests.bots import FLAVOURS, Bot, lesson, make_bot, make_bot_again
+from tests.bots import FLAVOURS, Bot, audited, lesson, make_bot, make_bot_again, put_back
 from tests.daemons import cli, read_json
 
 TASKS = ("colours", "flavours", "shapes", "sizes")
@@ -46,20 +46,11 @@ def bot(grown: tuple[Bot, Path]) -> Iterator[Bot]:
     made.reopen()
     yield made
     made.store.close()
-    for path in made.settings.state_dir.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "mlflow.db":  # MLflow keeps it open: it is written over
-            path.unlink()
-    shutil.copytree(copy, made.settings.state_dir, dirs_exist_ok=True)
+    put_back(made, copy)
 
 
 def prune(bot: Bot) -> set[str]:
     return {one.path for one in retention.prune(bot.settings, bot.store, bot.registry)}
-
-
-def findings(bot: Bot) -> list[audit.Finding]:
-    return list(audit.examine(bot.settings, bot.store, bot.registry))
 
 
 def there(bot: Bot, version: int) -> bool:
@@ -75,9 +66,9 @@ def there(bot: Bot, version: int) -> bool:
 
 def test_only_what_may_go_is_gone_and_an_audit_does_not_miss_it(bot: Bot) -> None:
     before = report.matrix(bot.store)
-    assert findings(bot) == []
+    assert audited(bot) == []
     assert prune(bot)
-    assert findings(bot) == []
+    assert audited(bot) == []
     kept = {version for version in range(1, 8) if there(bot, version)}
     assert kept == {3, 4, 7}, "a past champion, the champion, the newest rejected one"
     assert report.matrix(bot.store) == before, "the matrix needs the answers of every ancestor"
@@ -93,7 +84,7 @@ def test_a_bot_goes_on_learning_and_rolls_back_after_pruning(bot: Bot, base: Pat
     assert relaxed.run().state is State.PROMOTED, "the rows of the rejected cycles are pending"
     promote.rollback(relaxed.store, relaxed.registry, "ann", "worse")
     prune(relaxed)
-    assert findings(relaxed) == []
+    assert audited(relaxed) == []
     relaxed.store.close()
     bot.reopen()
 
@@ -147,7 +138,7 @@ def test_a_kill_in_the_middle_leaves_nothing_half(bot: Bot, monkeypatch: pytest.
         assert removed < 200
     assert removed > 12
     monkeypatch.undo()
-    assert findings(bot) == []
+    assert audited(bot) == []
     assert [version for version in range(1, 8) if there(bot, version)] == [3, 4, 7]
     assert all(one.done for one in bot.store.pruned().values())
 
@@ -161,7 +152,7 @@ def test_mlflow_is_told_when_it_is_back(bot: Bot, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(RegistryUnavailable):
             prune(bot)
     assert not (bot.settings.state_dir / "cycles" / "1").exists(), "all else is gone"
-    assert findings(bot) == []
+    assert audited(bot) == []
     assert prune(bot) == set(), "nothing new"
     assert not there(bot, 1)
 
@@ -175,7 +166,7 @@ def test_an_unfinished_cycle_finds_everything_that_it_needs(bot: Bot) -> None:
     bot.executor.before = lambda stage: None
     promote.rollback(bot.store, bot.registry, "ann", "its parent does not serve any more")
     prune(bot)
-    assert findings(bot) == []
+    assert audited(bot) == []
     assert there(bot, 4)
     assert bot.run(cycle).state is State.REJECTED
 
@@ -204,7 +195,7 @@ def test_unfinished_work_of_a_cycle_that_was_stopped_is_kept_only_on_demand(
     assert bot.run(cycle, stop).state is State.CANCELLED
     prune(bot)
     assert (bot.settings.state_dir / "cycles" / "1" / "train").exists() is left
-    assert findings(bot) == []
+    assert audited(bot) == []
     bot.store.close()
 
 
