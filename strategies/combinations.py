@@ -5,18 +5,8 @@ Each rule has its reason, which is what the user is told.
 
 from collections.abc import Sequence
 
-METHODS = {  # name → what it does, in a few words
-    "joint": "everything again from the base: the upper bound, at the price of the whole past",
-    "replay": "rehearse remembered rows",
-    "der": "replay that also keeps how sure the model was of each remembered answer",
-    "agem": "never step against the gradient of remembered rows",
-    "lwf": "keep the champion's opinion of wrong answers",
-    "ewc": "hold what mattered to old answers",
-    "ewc-lora": "the same for the product of the adapter's factors",
-    "si": "hold what learned the old answers",
-    "olora": "a new, orthogonal adapter for each cycle, summed with the old ones",
-    "merge": "end between champion and candidate",
-}
+# What each does: docs/strategies.md.
+METHODS = ("joint", "replay", "der", "agem", "lwf", "ewc", "ewc-lora", "si", "olora", "merge")
 NAIVE = "naive"  # no method at all
 AUTO = "auto"  # chosen on validation rows
 

@@ -73,7 +73,7 @@ def test_what_changes_the_adapter_comes_before_what_remembers_it() -> None:
 
 
 def test_the_names_are_those_of_the_catalogue() -> None:
-    assert METHODS.keys() == catalogue.METHODS.keys()
+    assert set(METHODS) == catalogue.METHODS.keys()
     assert {name for name, method in catalogue.METHODS.items() if issubclass(method, Rehearsal)} == REMEMBER
 
 
