@@ -24,7 +24,6 @@ from storage.rows import Row
 from storage.store import Store
 from tests.bots import FLAVOURS, Bot, Clock, audited, lesson, make_bot, make_bot_again, put_back
 from tests.daemons import DaemonProcess, cli, read_json
-from tests.test_rescue import kinds
 
 SHAPES = ("round", "square", "long", "flat")
 
@@ -637,21 +636,6 @@ def test_nothing_is_wrong_when_answers_change_and_change_back(tmp_path: Path, ba
     assert survey.ever_superseded()
     assert any(move.by_hash is None for move in bot.store.supersessions())
     assert [suite.version for suite in bot.store.suites() if suite.task == "colours"] == [1, 2, 3]
-
-
-def test_nothing_is_wrong_with_a_rescued_candidate(tmp_path: Path, base: Path) -> None:
-    """Blends that were not chosen have answered validation rows, and are gone."""
-    naive = {"strategy.methods": "naive", "training.learning_rate": 0.01, "training.epochs": 8}
-    bot = make_bot(tmp_path, base, **{"gate.max_drop": 0.3, "gate.min_gain": 0.0, **naive})
-    splits = ["train"] * 24 + ["validation"] * 8 + ["suite"] * 10
-    bot.collect([(f"c{n}", "colours", f"colours {n}?", "a", split) for n, split in enumerate(splits)])
-    bot.run()
-    unlike = "ZZ#{:04d} WWWW KKKK".format
-    bot.collect([(f"f{n}", "flavours", unlike(n), "b", split) for n, split in enumerate(splits)])
-    cycle = bot.run()
-    assert kinds(bot, cycle) == [("train", False), ("blend", True)]
-    assert audited(bot) == []
-    bot.store.close()
 
 
 def test_nothing_is_wrong_where_strategies_were_tried_and_the_base_was_put_back(

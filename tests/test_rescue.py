@@ -21,7 +21,7 @@ from storage.parquet import read_rows
 from storage.records import Candidate, Cycle, State
 from strategies.contract import EvaluateJob, StrategySpec, TrainReport
 from strategies.evaluation import SCHEMA
-from tests.bots import FLAVOURS, Bot, InlineExecutor, lesson, make_bot, make_bot_again
+from tests.bots import FLAVOURS, Bot, InlineExecutor, audited, lesson, make_bot, make_bot_again
 from tests.trainings import state
 
 # Scores on (colours, flavours): the old task and the new one.
@@ -136,6 +136,7 @@ def test_a_model_that_forgot_is_rescued_by_a_blend_for_real(tmp_path: Path, base
         "colours": 1.0,
         "flavours": 1.0,
     }
+    assert audited(bot) == [], "blends that were not chosen have answered validation rows, and are gone"
     bot.store.close()
 
 
