@@ -1,7 +1,7 @@
 #!/bin/sh
 # Boots this machine's systemd on an overlay of its root: `tests/systemd.py` runs this as the first process of
 # new namespaces. Whatever is written, mounted or started in here is gone with them.
-#   boot.sh SCRATCH [DIRECTORY ...]   the DIRECTORYs are seen inside too, read-only, and with all that is above
+#   boot.sh SCRATCH [DIRECTORY ...]   the DIRECTORYs are seen inside too, by every account
 set -eu
 scratch=$1
 root=$scratch/root
@@ -31,10 +31,12 @@ done
 chmod 755 "$root/run"
 
 for directory; do
-    mkdir -p "$root$directory"
-    mount --bind -o ro "$directory" "$root$directory"
+    if [ -z "$(ls -A "$root$directory" 2>&-)" ]; then # under /tmp, or on another file system than the root
+        mkdir -p "$root$directory"
+        mount --bind -o ro "$directory" "$root$directory"
+    fi
     above=$(dirname "$directory")
-    while [ "$above" != / ]; do # an interpreter may lie in root's home, where a service's account may not look
+    while [ "$above" != / ]; do # an interpreter may lie in root's home
         chmod a+x "$root$above"
         above=$(dirname "$above")
     done

@@ -1,7 +1,7 @@
 """A machine of its own for tests: the systemd of this one, booted in namespaces on an overlay of its root.
 
 No container engine and no image: `tests/boot.sh` has the mounts. Outside there is one cgroup more while it
-runs, and nothing afterwards: all else ends with the first process inside, and that one with this process.
+runs. All else is gone with the first process inside, and that one with ours, however ours ends.
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import Self
 
 from tests.daemons import SECONDS, children, environment
 
+PATIENCE = 3 * SECONDS  # cold starts of Python with all libraries, on a machine that may be busy
 BOOT = Path(__file__).resolve().parent / "boot.sh"
 SYSTEMD = Path("/lib/systemd/systemd")
 NAMESPACES = ["--pid", "--mount", "--uts", "--ipc", "--cgroup", "--net"]
@@ -66,7 +67,7 @@ def cgroup2() -> Path | None:
 
 def eventually(met: Callable[[], bool]) -> bool:
     """Whether it comes true before a patient person would call it a failure."""
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + PATIENCE
     while not met():
         if time.monotonic() > deadline:
             return False
@@ -75,7 +76,7 @@ def eventually(met: Callable[[], bool]) -> bool:
 
 
 class Machine:
-    """Entering boots it, leaving takes its power. `shared` directories are seen inside, read-only."""
+    """Entering boots it, leaving takes its power. `shared` directories are seen inside, wherever they lie."""
 
     def __init__(self, scratch: Path, shared: Iterable[Path]) -> None:
         hierarchy = cgroup2()
@@ -89,7 +90,7 @@ class Machine:
             self._outer = subprocess.Popen(
                 [
                     *into_cgroup,
-                    *["setpriv", "--pdeathsig", "KILL"],  # however this process ends, so does the machine
+                    *["setpriv", "--pdeathsig", "KILL"],
                     *["unshare", "--fork", "--kill-child", *NAMESPACES],
                     *[str(BOOT), str(scratch), *map(str, shared)],
                 ],
@@ -119,7 +120,7 @@ class Machine:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=PATIENCE,
             env=environment(),
             check=False,
         )
