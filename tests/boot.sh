@@ -37,7 +37,7 @@ for directory; do
     fi
     above=$(dirname "$directory")
     while [ "$above" != / ]; do # an interpreter may lie in root's home
-        chmod a+x "$root$above"
+        [ -w "$root$above" ] && chmod a+x "$root$above" # else it is shared itself, and as it is outside
         above=$(dirname "$above")
     done
 done
