@@ -8,6 +8,7 @@ is never run, and pickled weights are refused.
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ def prepare(job: PrepareJob, on_progress: Callable[[Progress], None] = lambda pr
     out = Path(job.out)
     if (before := prepared(out)) is not None:
         return before
-    from strategies.model import context_tokens, load_folder  # brings torch
-
     on_progress(Progress(stage="prepare", detail=job.base))
     gguf = _gguf_file(job)
     source = gguf or _folder(job.base)
+    _check_readable(source)
+    from strategies.model import context_tokens, load_folder  # brings torch
+
     with atomic_dir(out) as folder:
         stamp = _stamp(source)  # before reading: what is edited meanwhile is noticed next time
         if gguf is not None:
@@ -80,9 +82,19 @@ def prepared(out: Path) -> PreparedBase | None:
 
 
 def _stamp(source: Path) -> str:
-    files = [source] if source.is_file() else sorted({f for kind in _FILES for f in source.glob(kind)})
-    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in _files(source)]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _check_readable(source: Path) -> None:
+    """Asked before loading: to safetensors, a file that is closed to this account does not exist."""
+    for path in _files(source):
+        if not os.access(path, os.R_OK):
+            raise ModelError(f"{path} cannot be read by the account of the daemon; `sudo chmod a+r {path}`")
+
+
+def _files(source: Path) -> list[Path]:
+    return [source] if source.is_file() else sorted({f for kind in _FILES for f in source.glob(kind)})
 
 
 def _gguf_file(job: PrepareJob) -> Path | None:

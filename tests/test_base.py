@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -164,6 +165,14 @@ def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="pickled weights are not loaded"):
         ready(tmp_path / "base", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything; tests/test_systemd.py has an account")
+def test_weights_that_the_account_may_not_read_are_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").chmod(0)
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read .*`sudo chmod"):
+        ready(tmp_path / "base", tmp_path / "out")
 
 
 def test_code_that_comes_with_a_model_is_not_run(folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The systemd unit: valid, hardened, and filled in with the right paths."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,6 +61,19 @@ def test_its_exposure_is_what_the_comment_says(tmp_path: Path) -> None:
     overall = float(ran.stdout.split("Overall exposure level")[1].split(": ")[1].split()[0])
     assert overall <= WORST_EXPOSURE
     assert f"rates it {overall:g} of 10" in text
+
+
+def test_what_it_leaves_open_is_explained(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "security.md").read_text().split("## The unit")[1]
+    explained = {
+        name for row in re.findall(r"^\| `.*? \|", page, re.MULTILINE) for name in re.findall(r"\w+", row)
+    }
+    at_home = render(make_settings(tmp_path, '[bot]\nstate_dir = "/home/ann/bot/state"\n'))
+    for text in (unit.TEMPLATE.read_text(), at_home):
+        ran = analyze(tmp_path, text, "security", "--no-pager", "--offline=true")
+        left_open = set(re.findall(r"✗ (\w+)", ran.stdout))
+        assert left_open, ran.stdout + ran.stderr
+        assert left_open <= explained
 
 
 def test_it_waits_longer_than_the_daemon_needs_to_stop() -> None:
