@@ -202,6 +202,7 @@ class Service:
             erased
             & self._repair_alias()
             & self._tidied(retention.prune, "not everything was pruned", "unpruned")
+            & self._tidied(_refresh, "the store was not opened afresh", "unrefreshed")
         )
 
     def _tidied(
@@ -321,6 +322,10 @@ def _check_same_bot(old: Settings, new: Settings) -> None:
             raise ConfigError(
                 f"bot.{key} changed from {str(before)!r} to {str(after)!r}; that needs a restart"
             )
+
+
+def _refresh(settings: Settings, store: Store, registry: Registry) -> None:
+    store.refresh()
 
 
 @contextmanager

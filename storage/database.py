@@ -54,7 +54,8 @@ class Database:
 
     def __init__(self, path: Path, connection: Any) -> None:
         self.path = path
-        self._connection = connection
+        self._connection = connection  # None while the file is opened anew
+        self._closed = False
         self._lock = threading.RLock()
         self._depth = 0
 
@@ -81,9 +82,8 @@ class Database:
 
     def close(self) -> None:
         with self._lock:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            self._closed = True
+            self._let_go()
         if _open_here.get(self.path) is self:
             del _open_here[self.path]
 
@@ -123,10 +123,21 @@ class Database:
             connection.execute(f"ATTACH '{quoted[1]}' AS holdfast_new")
             connection.execute(f'COPY FROM DATABASE "{quoted[0]}" TO holdfast_new')
             connection.execute("DETACH holdfast_new")
-            connection.close()  # writes its journal into the file that goes
-            self._connection = None
+            self._let_go()  # writes its journal into the file that goes
             os.replace(aside, self.path)
-            self._connection = _reconnect(self.path)
+            self._use()
+
+    def refresh(self) -> None:
+        """Closes the file and opens it again, which writes its journal into it.
+
+        DuckDB 2.0 holds some hundred bytes for each statement that appends (half a megabyte a cycle), and
+        gives them back only then. Raises `StoreBusy` when a reader comes in between; the next use tries
+        again.
+        """
+        with self._lock, self._in_words():
+            assert self._depth == 0, "a transaction is open"
+            self._let_go()
+            self._use()
 
     def rows(self, query: str, given: Any = None, **values: Any) -> list[tuple[Any, ...]]:
         """All rows of a named query."""
@@ -167,9 +178,16 @@ class Database:
                         connection.unregister("given")
 
     def _use(self) -> Any:
-        if self._connection is None:
+        if self._closed:
             raise StoreError(f"the store {self.path} is closed")
+        if self._connection is None:
+            self._connection = _reconnect(self.path)
         return self._connection
+
+    def _let_go(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     @contextmanager
     def _in_words(self) -> Iterator[None]:

@@ -55,6 +55,10 @@ class Store(Removals):
             store.set_meta(_ID, uuid.uuid4().hex)
         return store
 
+    def refresh(self) -> None:
+        """Gives back what DuckDB gathers in memory while it works; between two cycles."""
+        self._db.refresh()
+
     def close(self) -> None:
         self._db.close()
 

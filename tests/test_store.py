@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import IntegrityError, StoreError
+from storage import database
+from storage.errors import IntegrityError, StoreBusy, StoreError
 from storage.records import (
     TRANSITIONS,
     Cursor,
@@ -468,3 +469,34 @@ def test_meta_holds_one_value_for_a_key(store: Store) -> None:
     store.set_meta("bot", "a")
     store.set_meta("bot", "b")
     assert store.get_meta("bot") == "b"
+
+
+def test_a_store_opened_afresh_has_everything(store: Store) -> None:
+    store.event("started")
+    store.refresh()
+    store.event("pull")
+    assert [event.kind for event in store.events()] == ["pull", "started"]
+    store.close()
+    with pytest.raises(StoreError, match="is closed"):
+        store.refresh()
+
+
+def test_a_reader_that_comes_in_between_costs_a_try_and_not_the_store(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.event("started")
+    connect, reader = database._connect, []
+
+    def too_late(path: Path, *, read_only: bool) -> object:
+        reader.append(path)
+        raise StoreBusy("a reader was faster")
+
+    monkeypatch.setattr(database, "_PATIENCE", 0.0)
+    monkeypatch.setattr(database, "_connect", too_late)
+    with pytest.raises(StoreBusy, match="faster"):
+        store.refresh()
+    with pytest.raises(StoreBusy, match="faster"):
+        store.events()
+    monkeypatch.setattr(database, "_connect", connect)
+    assert [event.kind for event in store.events()] == ["started"]
+    assert len(reader) >= 2
