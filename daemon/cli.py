@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from daemon.journal import printable
 from storage.errors import HoldfastError, StoreBusy
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def ask(
         if as_json:
             _print_json({"question": asked, "answer": answer, "task": task, "version": serving["version"]})
         else:
-            print(console.printable(answer), flush=True)
+            print(printable(answer), flush=True)
 
 
 # Changing.
@@ -348,20 +349,14 @@ def erase(
     from daemon import access, console
 
     settings = _settings(config)
-    which: dict[str, Any] = {
-        "row": row,
-        "task": task,
-        "before": before,
-        "contains": contains,
-        "where": where or [],
-    }
-
-    console.erasure_plan(access.erase(settings, why, which, dry_run=True))
+    which: dict[str, Any] = {"row": row, "task": task, "before": before, "contains": contains}
+    which["where"] = where or []
+    _show(access.erase(settings, why, which, dry_run=True), False, console.erasure_plan)
     if dry_run:
         return
     if not yes and not typer.confirm("This cannot be undone. Erase?"):
         raise typer.Exit(1)
-    console.erased(access.erase(settings, why, which, dry_run=False))
+    _show(access.erase(settings, why, which, dry_run=False), False, console.erased)
 
 
 @app.command()
@@ -447,7 +442,7 @@ def _move(settings: "Settings", operation: str, **args: Any) -> None:
     version = told["champion"]["version"]
     print(f"the champion is {f'version {version}' if version is not None else 'the bare base model'} now")
     if told["warning"]:
-        print(f"warning: {told['warning']}", file=sys.stderr)
+        print(printable(f"warning: {told['warning']}"), file=sys.stderr)
 
 
 def _tell_retrained(told: dict[str, Any], waited: bool, as_json: bool) -> None:
@@ -455,7 +450,7 @@ def _tell_retrained(told: dict[str, Any], waited: bool, as_json: bool) -> None:
     if as_json:
         _print_json(told)
     elif waited:
-        print(f"cycle {cycle['id']} {cycle['state']}: {cycle['reason'] or ''}".rstrip(": "))
+        print(printable(f"cycle {cycle['id']} {cycle['state']}: {cycle['reason'] or ''}".rstrip(": ")))
         print(f"the scores behind it: `daemon show {cycle['id']}`")
     else:
         how = "joined the queued cycle" if told["joined"] else "asked for cycle"
@@ -467,11 +462,15 @@ def _show(told: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]],
     if as_json:
         _print_json(told)
     else:
-        human(told)
+        from daemon import console
+
+        human(console.harmless(told))
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Readable in every language; what a terminal would obey is escaped, which JSON reads as the same."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def _complain(error: HoldfastError) -> None:
@@ -479,7 +478,7 @@ def _complain(error: HoldfastError) -> None:
     colour, plain = (
         ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
     )
-    print(f"{colour}error: {error}{plain}", file=sys.stderr)
+    print(f"{colour}error: {printable(error)}{plain}", file=sys.stderr)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from daemon.doctor import Check, Outcome
+from daemon.journal import printable
 
 UNLIMITED = 1000  # columns
 LINE_SECONDS = 10.0  # between two lines of progress outside a terminal, if there is no new stage
@@ -51,9 +52,13 @@ def err() -> Console:
     return Console(markup=False, highlight=False, stderr=True)
 
 
-def printable(text: object) -> str:
-    """Text without terminal control codes; line breaks and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+def harmless(told: Any) -> Any:
+    """The operations' plain values, every text in them printable: names of tasks come from rows."""
+    if isinstance(told, dict):
+        return {printable(key): harmless(value) for key, value in told.items()}
+    if isinstance(told, list | tuple):
+        return [harmless(value) for value in told]
+    return printable(told) if isinstance(told, str) else told
 
 
 def line(text: object, width: int = 80) -> str:
@@ -372,9 +377,9 @@ class Follower:
     def __enter__(self) -> "Follower":
         if self._console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[told]}"),
+                TextColumn("{task.fields[told]}", markup=False),
             )
             self._live = Progress(*columns, console=self._console, transient=True)
             self._bar = self._live.add_task("", total=None, told="")
@@ -387,6 +392,7 @@ class Follower:
 
     def event(self, told: dict[str, Any]) -> None:
         """One event of the control socket."""
+        told = harmless(told)
         step = told.get("progress")
         if self._live is not None:
             total, done = (step["steps"] or None, step["step"]) if step else (None, 0)

@@ -290,11 +290,11 @@ def same(one: float | None, other: float | None) -> bool:
     return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-9)
 
 
-def identity(row: Any) -> tuple[str, str, str]:
-    """Hash, key and question key of a row's text."""
+def identity(row: Any) -> tuple[str, ...]:
+    """Hash and keys of a row's text."""
     made = Row(id="", task=row.task, question=row.question, answer=row.answer, context=row.context)
-    return made.hash, made.key, made.question_key
+    return made.hash, made.key, made.question_key, made.words_key
 
 
-def _said(row: StoredRow) -> tuple[str, str, str]:
-    return row.hash, row.key, row.question_key
+def _said(row: StoredRow) -> tuple[str, ...]:
+    return row.hash, row.key, row.question_key, row.words_key

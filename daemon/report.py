@@ -73,6 +73,7 @@ def cycle_report(store: Store, cycle_id: int) -> dict[str, Any]:
     roles = {role: len(store.cycle_rows(cycle_id, role)) for role in ("train", "validation", "replay")}
     return {
         "cycle": _plain(asdict(cycle)),
+        "pulled": _pulled(store, cycle_id),
         "rows": roles,
         "scores": [_plain(asdict(score)) for score in store.scores(cycle_id)],
         "verdict": json.loads(verdict[1]) if verdict else None,
@@ -90,6 +91,8 @@ def explain(report: dict[str, Any]) -> list[str]:
     lines = [
         f"Cycle {cycle['id']} is {cycle['state']}" + (f": {cycle['reason']}" if cycle["reason"] else ".")
     ]
+    if report["pulled"]:
+        lines.append(f"It pulled rows: {report['pulled']}.")
     if rows["train"]:
         start = "the base model" if cycle["parent"] is None else f"version {cycle['parent']}"
         replayed = f", rehearsing {rows['replay']} remembered ones" if rows["replay"] else ""
@@ -109,6 +112,11 @@ def explain(report: dict[str, Any]) -> list[str]:
         when = report["pruned"]["answers"][:10]
         lines.append(f"Its answers were pruned on {when}: its numbers stay, and cannot be computed again.")
     return lines
+
+
+def _pulled(store: Store, cycle_id: int) -> str:
+    """What the cycle's pull found and what it kept out, in words."""
+    return next((str(e.detail.get("reason", "")) for e in store.events(1, cycle_id, "pulled")), "")
 
 
 def _pruned(store: Store, cycle_id: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from storage.rows import Row, Split, derive_split, normalise
 
 AHEAD = timedelta(days=1)  # by which a collector's clock, in another time zone, may be ahead of ours
 
+Keyed = tuple[Row, str, str, str, str]  # a row with its hash, key, question key and words key
 Told = tuple[str, datetime | None]  # the row that was told, and the newest time it was told with
 
 
@@ -22,6 +23,7 @@ class OnRecord:
 
     answers: dict[str, list[Answer]]  # by key, oldest first
     splits: dict[str, Split]  # by question key
+    words: dict[str, tuple[Split, str]]  # by words key: the split of a question with them, and its id
     told: dict[tuple[str, str], Told]  # what the source's row with an id said last, by key and id
     erased: frozenset[str] = frozenset()  # hashes of rows that must not come back
 
@@ -37,7 +39,7 @@ class Sorted:
 
 
 def sort_out(
-    rows: Sequence[tuple[Row, str, str, str]],
+    rows: Sequence[Keyed],
     *,
     record: OnRecord,
     shares: tuple[float, float] | None,
@@ -48,13 +50,13 @@ def sort_out(
 ) -> Sorted:
     """The rows to store, numbered from `seq` + 1, the rows to quarantine, and what is superseded by what.
 
-    `rows` come with their hash, key and question key. The first split of a question stays for ever, within
-    the rows too, and another answer takes it over. Only the outcome of the whole batch is told: a row that
-    lost its place and got it back within it did not change.
+    The first split of a question stays for ever, within the rows too, and another answer takes it over; so
+    does a near-duplicate, a question with the same words. Only the outcome of the whole batch is told: a row
+    that lost its place and got it back within it did not change.
     """
     desk = _Desk(record, shares, source, on_conflict, seq, now)
-    for row, row_hash, key, question_key in rows:
-        desk.take(row, row_hash, key, question_key)
+    for keyed in rows:
+        desk.take(*keyed)
     return desk.sorted()
 
 
@@ -87,7 +89,7 @@ class _Desk:
         self.shares, self.source, self.on_conflict = shares, source, on_conflict
         self.seq, self.now = seq, now
         self.answers = {key: {a.hash: a for a in found} for key, found in record.answers.items()}
-        self.splits, self.told = dict(record.splits), dict(record.told)
+        self.splits, self.words, self.told = dict(record.splits), dict(record.words), dict(record.told)
         self.erased = record.erased
         self.counted = {a.hash: a.counts for found in record.answers.values() for a in found}
         self.fresh: list[StoredRow] = []
@@ -95,7 +97,7 @@ class _Desk:
         self.labels: dict[tuple[str, str], datetime | None] = {}  # by hash and id, the newest last
         self.moved: dict[str, str | None] = {}  # row → the one that took its place; None: it counts
 
-    def take(self, row: Row, row_hash: str, key: str, question_key: str) -> None:
+    def take(self, row: Row, row_hash: str, key: str, question_key: str, words_key: str) -> None:
         if row_hash in self.erased:
             return
         last, at = self.told.get((key, row.id), (None, None))
@@ -104,10 +106,10 @@ class _Desk:
             return
         answers = self.answers.get(key, {})
         if row_hash not in answers:
-            if refusal := self._refusal(row, question_key, list(answers.values())):
+            if refusal := self._refusal(row, question_key, words_key, list(answers.values())):
                 self.rejected.append(_reject(row, *refusal, self.source, self.now))
                 return
-            self._store(row, row_hash, key, question_key)
+            self._store(row, row_hash, key, question_key, words_key)
         self._label(row, given, row_hash, key)
         self._weigh(given, row_hash, self.answers[key])
 
@@ -135,7 +137,9 @@ class _Desk:
         given = row.created_at
         return given if given is not None and given <= self.now + AHEAD else None
 
-    def _refusal(self, row: Row, question_key: str, answers: Sequence[Answer]) -> tuple[str, str] | None:
+    def _refusal(
+        self, row: Row, question_key: str, words_key: str, answers: Sequence[Answer]
+    ) -> tuple[str, str] | None:
         if answers:
             if self.on_conflict != "quarantine":
                 return None
@@ -145,22 +149,30 @@ class _Desk:
                 f"the answer on record is {first.answer!r}, of row {first.id!r} from {first.source}",
             )
         settled = self.splits.get(question_key)
-        if settled is None or row.split in (None, settled):
+        if row.split in (None, settled):
             return None
-        return "split-conflict", f"the question is in {settled} already, under another task"
+        if settled is not None:
+            return "split-conflict", f"the question is in {settled} already, under another task"
+        near, by = self.words.get(words_key, (row.split, ""))
+        if row.split != near and Split.SUITE in (row.split, near):
+            return "near-duplicate", f"row {by!r} asks with the same words and is in {near}"
+        return None
 
-    def _store(self, row: Row, row_hash: str, key: str, question_key: str) -> None:
-        """A question's split is the first that it got, whatever a later answer says."""
-        split = self.splits.get(question_key) or row.split or _derive(question_key, self.shares)
+    def _store(self, row: Row, row_hash: str, key: str, question_key: str, words_key: str) -> None:
+        """A question's split is the first that it or a near-duplicate got, whatever a later answer says."""
+        near = self.words.get(words_key, (None, ""))[0]
+        split = self.splits.get(question_key) or row.split or near or _derive(question_key, self.shares)
         self.splits[question_key] = split
+        self.words.setdefault(words_key, (split, row.id))
         self.answers.setdefault(key, {})[row_hash] = Answer(
             hash=row_hash, answer=row.answer, id=row.id, source=self.source, created_at=None, counts=True
         )
         self.fresh.append(
             StoredRow(
-                hash=row_hash, key=key, question_key=question_key, seq=self.seq + len(self.fresh) + 1,
-                id=row.id, task=row.task, question=row.question, answer=row.answer, context=row.context,
-                created_at=row.created_at, split=split, source=self.source, accepted_at=self.now,
+                hash=row_hash, key=key, question_key=question_key, words_key=words_key,
+                seq=self.seq + len(self.fresh) + 1, id=row.id, task=row.task, question=row.question,
+                answer=row.answer, context=row.context, created_at=row.created_at, split=split,
+                source=self.source, accepted_at=self.now,
             )
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ Knows the columns of the tables that are written in bulk; touches no database.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +15,7 @@ from storage.rows import Split
 _TEXT, _TIME, _REAL = pa.string(), pa.timestamp("us"), pa.float64()
 
 ROWS = pa.schema(
-    [(name, _TEXT) for name in ("hash", "key", "question_key")]
+    [(name, _TEXT) for name in ("hash", "key", "question_key", "words_key")]
     + [("seq", pa.int64())]
     + [(name, _TEXT) for name in ("id", "task", "question", "answer", "context")]
     + [("created_at", _TIME), ("split", _TEXT), ("source", _TEXT), ("accepted_at", _TIME)]
@@ -47,6 +47,13 @@ def table(schema: Any, records: Sequence[Any]) -> Any:
 def column(values: Sequence[str]) -> Any:
     """Distinct strings as an Arrow table with the one column `hash`."""
     return pa.table({"hash": pa.array(list(dict.fromkeys(values)), pa.string())})
+
+
+def words(keys: Mapping[str, str]) -> Any:
+    """Words keys by question key, as an Arrow table."""
+    return pa.table(
+        {"question_key": pa.array(keys, pa.string()), "words_key": pa.array(keys.values(), pa.string())}
+    )
 
 
 def with_roles(rows: Sequence[tuple[str, str]]) -> Any:

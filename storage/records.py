@@ -67,6 +67,7 @@ class StoredRow:
     hash: str
     key: str
     question_key: str
+    words_key: str
     seq: int
     id: str
     task: str

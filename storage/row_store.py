@@ -11,7 +11,7 @@ from operator import itemgetter
 from typing import Any
 
 from storage import bulk
-from storage.acceptance import OnRecord, repeats, sort_out, spelled_alike
+from storage.acceptance import Keyed, OnRecord, repeats, sort_out, spelled_alike
 from storage.database import Database
 from storage.errors import IntegrityError
 from storage.records import Acceptance, Clock, Cursor, Event, OnConflict, Rejected, StoredRow, Supersession
@@ -41,15 +41,16 @@ class RowStore:
     ) -> Acceptance:
         """Store the rows that are new; count the ones known; quarantine the ones that cannot be.
 
-        A row without a split takes the split that its question has already, under any task; a new
-        question takes the split that its content gives with `shares` (validation, suite). Another answer
+        A row without a split takes the split that its question has already, under any task, or one with
+        the same words; a new question takes the split that its content gives with `shares` (validation,
+        suite). Another answer
         to a question takes its split in any case, and `on_conflict` says which of the answers count: the
         newest label, only the first (the row is quarantined), or both. What is superseded stays stored.
         Raises `StoreError` when the store cannot be used.
         """
         with self._db.transaction():
             rows = spelled_alike(rows, [name for (name,) in self._db.rows("task_names")])
-            keyed = [(row, row.hash, row.key, row.question_key) for row in rows]
+            keyed = [(row, row.hash, row.key, row.question_key, row.words_key) for row in rows]
             found = sort_out(
                 keyed, record=self._on_record(keyed, source), shares=shares, source=source,
                 on_conflict=on_conflict, seq=int(self._db.value("last_row")), now=self.clock(),
@@ -102,17 +103,30 @@ class RowStore:
         """Of each row of a source, whether it only says again what its id said last: nothing to accept."""
         return repeats(rows, {(row_hash, row_id): at for _, row_id, row_hash, at in self._told(rows, source)})
 
-    def _on_record(self, rows: Sequence[tuple[Row, str, str, str]], source: str) -> OnRecord:
-        """What is known of rows of a source, given with their hash, key and question key."""
+    def _on_record(self, rows: Sequence[Keyed], source: str) -> OnRecord:
+        """What is known of rows of a source."""
         found = self._db.all(bulk.keyed_answer, "answers_given", bulk.column([row[2] for row in rows]))
         splits = self._db.rows("splits_given", bulk.column([row[3] for row in rows]))
+        words = self._db.rows("words_given", bulk.column([row[4] for row in rows]))
         told = self._told([row[0] for row in rows], source)
         return OnRecord(
             answers={key: [answer for k, answer in group] for key, group in groupby(found, itemgetter(0))},
             splits={key: Split(split) for key, split in splits},
+            words={key: (Split(split), row_id) for key, split, row_id in words},
             told={(key, row_id): (row_hash, at) for key, row_id, row_hash, at in told},
             erased=frozenset(h for (h,) in self._db.rows("erased_given", bulk.column([r[1] for r in rows]))),
         )
+
+    def name_words(self) -> None:
+        """Gives rows from before near-duplicates were known what tells them."""
+        found = self._db.rows("wordless")
+        if found:
+            keys = {
+                key: Row(id="", task="", question=question, answer="", context=context).words_key
+                for key, context, question in found
+            }
+            with self._db.transaction():
+                self._db.rows("set_words", bulk.words(keys))
 
     def _told(self, rows: Sequence[Row], source: str) -> list[tuple[Any, ...]]:
         """(key, id, hash, time): what the source's rows with the ids of these said last."""

@@ -53,6 +53,24 @@ def normalise(text: str) -> str:
     return _SPACES.sub(" ", text).strip()
 
 
+class _Punctuation(dict[int, str]):
+    """A table for `str.translate`, made as characters come: punctuation parts words, an apostrophe joins
+    them, and everything else stays. Marks make other letters, and `2 + 3` is not `2 3`."""
+
+    def __missing__(self, code: int) -> str:
+        parts = " " if unicodedata.category(chr(code)).startswith("P") else chr(code)
+        return self.setdefault(code, "" if chr(code) in "'’‘ʼ`´" else parts)
+
+
+_PUNCTUATION = _Punctuation()
+
+
+def words(text: str) -> str:
+    """The words of a text, sorted, without punctuation; of a text without words, what is normal of it."""
+    text = normalise(text)
+    return " ".join(sorted(text.translate(_PUNCTUATION).split())) or text
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One labeled question and its answer, as the collector gave it, plus its split.
@@ -73,6 +91,12 @@ class Row:
         """What is asked, without the task: 32 hex digits. Decides the split, so that the same
         question under two tasks cannot be trained on in one and examined in the other."""
         return _digest(normalise(self.context), normalise(self.question))
+
+    @property
+    def words_key(self) -> str:
+        """Which words are asked, in any order and with any punctuation: 32 hex digits. Questions with the
+        same words are near-duplicates: what was learned of one says what to answer to the other."""
+        return _digest(words(self.context), words(self.question))
 
     @property
     def key(self) -> str:

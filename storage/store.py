@@ -51,8 +51,10 @@ class Store(Removals):
         Raises `StoreBusy` when another process holds it, `StoreError` when it cannot be used.
         """
         store = cls(Database.open(Path(path), now=clock(), read_only=read_only), clock)
-        if not read_only and store.get_meta(_ID) is None:
-            store.set_meta(_ID, uuid.uuid4().hex)
+        if not read_only:
+            store.name_words()
+            if store.get_meta(_ID) is None:
+                store.set_meta(_ID, uuid.uuid4().hex)
         return store
 
     def refresh(self) -> None:

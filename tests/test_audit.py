@@ -57,9 +57,9 @@ class Corrupt:
         """A row past all rules, but with the right hashes."""
         made = Row(id="x", task=task, question=question, answer=answer)
         self.sql(
-            "INSERT INTO rows SELECT ?, ?, ?, max(seq) + 1, 'x', ?, ?, ?, '', NULL, ?, 'x', max(accepted_at) "
-            "FROM rows",
-            *(made.hash, made.key, made.question_key, task, question, answer, split),
+            "INSERT INTO rows SELECT ?, ?, ?, max(seq) + 1, 'x', ?, ?, ?, '', NULL, ?, 'x', "
+            "max(accepted_at), ? FROM rows",
+            *(made.hash, made.key, made.question_key, task, question, answer, split, made.words_key),
         )
 
     def resnapshot(

@@ -243,8 +243,8 @@ def test_an_audit_finds_what_came_back(bot: Bot) -> None:
     with duckdb.connect(str(bot.settings.store_path)) as connection:
         connection.execute(
             "INSERT INTO rows SELECT ?, ?, ?, max(seq) + 1, 'x', ?, ?, ?, '', NULL, 'train', 'x', "
-            "max(accepted_at) FROM rows",
-            [row.hash, row.key, row.question_key, row.task, row.question, row.answer],
+            "max(accepted_at), ? FROM rows",
+            [row.hash, row.key, row.question_key, row.task, row.question, row.answer, row.words_key],
         )
         connection.execute("UPDATE promotions SET version = 3 WHERE kind = 'erasure'")
     bot.reopen()

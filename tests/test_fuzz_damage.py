@@ -54,7 +54,8 @@ def a_row(n: int) -> Any:
 
     row = Row(id=str(n), task="t", question=f"q {n}", answer="a")
     return StoredRow(
-        hash=row.hash, key=row.key, question_key=row.question_key, seq=n, id=row.id, task=row.task,
+        hash=row.hash, key=row.key, question_key=row.question_key, words_key=row.words_key,
+        seq=n, id=row.id, task=row.task,
         question=row.question, answer=row.answer, context="", created_at=None, split=Split.TRAIN,
         source="x", accepted_at=utcnow(),
     )  # fmt: skip

@@ -31,7 +31,8 @@ def stored(
 ) -> StoredRow:
     row = Row(id="1", task=task, question=question, answer=answer)
     return StoredRow(
-        hash=row.hash, key=row.key, question_key=row.question_key, seq=1, id=row.id, task=task,
+        hash=row.hash, key=row.key, question_key=row.question_key, words_key=row.words_key,
+        seq=1, id=row.id, task=task,
         question=question, answer=answer, context="", created_at=None, split=split, source="test",
         accepted_at=datetime(2026, 3, 1),
     )  # fmt: skip

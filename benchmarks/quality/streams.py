@@ -115,6 +115,7 @@ def stored(row: Row) -> StoredRow:
         hash=row.hash,
         key=row.key,
         question_key=row.question_key,
+        words_key=row.words_key,
         seq=0,
         id=row.id,
         task=row.task,

@@ -57,6 +57,17 @@ SELECT count(*) FROM superseded;
 -- name: splits_given
 SELECT DISTINCT question_key, split FROM rows WHERE question_key IN (SELECT hash FROM given);
 
+-- name: words_given
+SELECT words_key, arg_max(split, (split = 'suite', -seq)), arg_max(id, (split = 'suite', -seq)) FROM rows
+WHERE words_key IN (SELECT hash FROM given) GROUP BY words_key;
+
+-- name: wordless
+SELECT DISTINCT question_key, context, question FROM rows WHERE words_key IS NULL;
+
+-- name: set_words
+UPDATE rows SET words_key = given.words_key FROM given
+WHERE rows.question_key = given.question_key AND rows.words_key IS NULL;
+
 -- name: row_counts
 SELECT task, split, count(*) FROM standing GROUP BY task, split ORDER BY task, split;
 
