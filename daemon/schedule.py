@@ -2,13 +2,15 @@
 
 Reads cron expressions as cron does: 0 and 7 are Sunday, and when both the day of the month and the
 day of the week are restricted, either is enough. (APScheduler alone counts days from Monday and wants
-both.) At the autumn clock change a time that comes twice fires twice; in spring a time that is skipped
-fires an hour later. Knows nothing of cycles: firing only calls the function it was given.
+both.) When the clocks change, a time that comes twice fires once, and one that is skipped fires as much
+later as the clocks were put forward; an expression for every hour keeps to the hours that really pass.
+(APScheduler alone fires twice, and leaves a night out where the clocks change at midnight.) Knows nothing
+of cycles: firing only calls the function it was given.
 """
 
 import re
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from apscheduler.executors.pool import ThreadPoolExecutor
@@ -23,6 +25,7 @@ _JOB = "cycle"
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 _FIELDS = ("minute", "hour", "day", "month", "day_of_week")
 _PART = re.compile(r"^(?:\*|(?P<first>\w+)(?:-(?P<last>\w+))?)(?:/(?P<step>\d+))?$")
+_DAY = timedelta(days=1)
 _SHORTCUTS = {
     "@hourly": "0 * * * *",
     "@daily": "0 0 * * *",
@@ -107,10 +110,53 @@ def _trigger(cron: str, zone: ZoneInfo) -> BaseTrigger:
     fields = dict(zip(_FIELDS, parts, strict=True))
     both = not fields["day"].startswith("*") and not fields["day_of_week"].startswith("*")
     fields["day_of_week"] = _weekdays(fields["day_of_week"])
+    return _OnTheWall(_cron(fields, both), zone, hourly=fields["hour"] == "*")
+
+
+def _cron(fields: dict[str, str], both: bool) -> BaseTrigger:
     if not both:
-        return CronTrigger(**fields, timezone=zone)
+        return CronTrigger(**fields, timezone=UTC)
     either = [{**fields, "day_of_week": "*"}, {**fields, "day": "*"}]
-    return OrTrigger([CronTrigger(**each, timezone=zone) for each in either])
+    return OrTrigger([CronTrigger(**each, timezone=UTC) for each in either])
+
+
+class _OnTheWall(BaseTrigger):  # type: ignore[misc]
+    """Fires when a clock on a wall in `zone` shows the times of `shown`, a trigger of UTC.
+
+    `hourly`: whenever the clock shows them, twice or never when it is put back or forward. Else once.
+    """
+
+    def __init__(self, shown: BaseTrigger, zone: ZoneInfo, *, hourly: bool) -> None:
+        self._shown = shown
+        self._zone = zone
+        self._hourly = hourly
+
+    def get_next_fire_time(self, previous: datetime | None, now: datetime) -> datetime | None:
+        """The first time after `previous`, and after `now` where that is earlier, with the zone."""
+        after = min(previous, now) if previous else now - timedelta(microseconds=1)
+        found: datetime | None = None
+        # What the clock has passed may be still to come, when it is put forward or back.
+        wall = self._face(after) - self._shift(after)
+        while (wall := self._shown.get_next_fire_time(wall, wall)) is not None:
+            first, second = self._at(wall, 0), self._at(wall, 1)
+            if found is not None and first >= found and wall >= self._face(found):
+                break
+            moments = [at for at in (first, second) if self._face(at) == wall] if self._hourly else [first]
+            found = min((at for at in [*moments, found] if at is not None and at > after), default=None)
+        return found.astimezone(self._zone) if found else None
+
+    def _shift(self, at: datetime) -> timedelta:
+        """By how much the clock is put forward or back around that moment."""
+        ahead = [self._face(near) - near for near in (at - _DAY, at, at + _DAY)]
+        return max(ahead) - min(ahead)
+
+    def _at(self, wall: datetime, fold: int) -> datetime:
+        """When the clock shows that, for the first time or for the second."""
+        return wall.replace(tzinfo=self._zone, fold=fold).astimezone(UTC)
+
+    def _face(self, at: datetime) -> datetime:
+        """What the clock shows at that moment, written as a time of UTC."""
+        return at.astimezone(self._zone).replace(tzinfo=UTC, fold=0)
 
 
 def _weekdays(field: str) -> str:

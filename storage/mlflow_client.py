@@ -5,7 +5,9 @@ Part of `storage.registry`, which alone calls it and says in words what goes wro
 
 import logging
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,22 @@ from storage.runs import Point
 logger = logging.getLogger(__name__)
 
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100  # MLflow's own limits of one batch
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"  # read by MLflow at each request
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """For what must not be made twice: MLflow's client repeats a request whose answer was lost, though the
+    server may have done it. Here it fails instead, and who tries again looks first what is there."""
+    before = os.environ.get(_RETRIES)
+    os.environ[_RETRIES] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_RETRIES]
+        else:
+            os.environ[_RETRIES] = before
 
 
 def all_versions(client: Any, wanted: str) -> Iterator[Any]:

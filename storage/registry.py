@@ -389,13 +389,14 @@ class Registry:
             CYCLE_TAG: str(record.cycle_id),
             ADAPTER_TAG: record.adapter_hash,
         }
-        return client.create_model_version(
-            self._bot,
-            source=f"{run.info.artifact_uri}/{MODEL_DIR}",
-            run_id=run_id,
-            tags=runs.tags(version_tags),
-            description=runs.tag(record.description) or None,
-        )
+        with mlflow_client.asked_once():
+            return client.create_model_version(
+                self._bot,
+                source=f"{run.info.artifact_uri}/{MODEL_DIR}",
+                run_id=run_id,
+                tags=runs.tags(version_tags),
+                description=runs.tag(record.description) or None,
+            )
 
     def _sync(self, run: Any) -> None:
         """MLflow does not sync what it copies, and a power cut would leave a version without its adapter."""
@@ -424,12 +425,13 @@ class Registry:
         started_at: datetime | None,
     ) -> Any:
         own = {STORE_TAG: self._store_id, CYCLE_TAG: str(cycle_id), "mlflow.source.name": "holdfast"}
-        return client.create_run(
-            experiment,
-            run_name=f"cycle-{cycle_id}",
-            start_time=runs.milliseconds(started_at),
-            tags=runs.tags({**tags, **own}),
-        )
+        with mlflow_client.asked_once():
+            return client.create_run(
+                experiment,
+                run_name=f"cycle-{cycle_id}",
+                start_time=runs.milliseconds(started_at),
+                tags=runs.tags({**tags, **own}),
+            )
 
     def _finish(self, client: Any, run_id: str, status: str, at: datetime | None) -> None:
         run = client.get_run(run_id)
@@ -441,7 +443,8 @@ class Registry:
         if found:
             return str(found[0].info.run_id)
         tags = {STORE_TAG: self._store_id, STREAM_TAG: "true", "mlflow.source.name": "holdfast"}
-        return str(client.create_run(experiment, run_name="stream", tags=tags).info.run_id)
+        with mlflow_client.asked_once():
+            return str(client.create_run(experiment, run_name="stream", tags=tags).info.run_id)
 
     def _ensure_model(self, client: Any) -> None:
         if not client.search_registered_models(filter_string=f"name = '{self._bot}'"):

@@ -9,8 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import duckdb
@@ -19,20 +22,35 @@ import pytest
 from storage import files, intake
 from storage.sources import Columns, DuckDBSource, SourceSpec
 from storage.store import Store
-from tests.daemons import ROOT, environment
+from tests import collector, soak
+from tests.bots import fresh_mlflow, write_config
+from tests.daemons import ROOT, DaemonProcess, environment
+from tests.stopwatch import Pull, longest, pulls
 
 SECONDS = 60 * float(os.environ.get("MINUTES", "0")) or 6.0
 SHARES = (0.1, 0.1)
+WARM = range(10**6, 10**6 + 20)  # rows that are there before the collector starts
+FEW = 6  # pulls, at least
+# How many times as long a pull may take when somebody writes 200 rows a second meanwhile.
+SLOWDOWN = 10.0
 
 
-def collecting(path: Path, seconds: float) -> "subprocess.Popen[str]":
+@contextmanager
+def collecting(path: Path, seconds: float) -> "Iterator[subprocess.Popen[str]]":
+    """A collector that has begun; when this is left, it is gone."""
     command = [sys.executable, "-m", "tests.collector", str(path), str(seconds)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begins\n"
+            yield process
+        finally:
+            process.kill()
 
 
-def ended(collector: "subprocess.Popen[str]") -> dict[str, Any]:
-    said, _ = collector.communicate(timeout=SECONDS + 120)
-    assert collector.returncode == 0
+def ended(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    said, _ = process.communicate(timeout=SECONDS + 120)
+    assert process.returncode == 0
     return dict(json.loads(said))
 
 
@@ -53,30 +71,75 @@ def stored(store: Store) -> list[str]:
     )
 
 
+@pytest.mark.acceptance
 @pytest.mark.timeout(3600)
-def test_a_collector_that_never_stops_loses_no_row_and_waits_little(tmp_path: Path) -> None:
-    alone = ended(collecting(tmp_path / "alone.duckdb", min(SECONDS, 30.0)))
-    path = tmp_path / "qa.duckdb"
-    with duckdb.connect(str(path)) as connection:
-        connection.execute(
-            "CREATE TABLE qa (id TEXT, task TEXT, question TEXT, answer TEXT, created_at TIMESTAMP)"
-        )
-    pulls: list[float] = []  # milliseconds each
-    with Store.open(tmp_path / "store.duckdb") as store:
-        collector = collecting(path, SECONDS)
-        while collector.poll() is None:
-            begun = time.monotonic()
-            pull(path, store)
-            pulls.append(1000 * (time.monotonic() - begun))
-        watched = ended(collector)
-        pull(path, store)
+def test_a_collector_that_never_stops_loses_no_row_and_waits_little(tmp_path: Path, base: Path) -> None:
+    """Two real processes beside each other: the collector, and a daemon that runs one cycle after another."""
+    with collecting(tmp_path / "alone.duckdb", min(SECONDS, 30.0)) as process:
+        alone = ended(process)
+    path, times = tmp_path / "qa.duckdb", tmp_path / "pulls"
+    with running(tmp_path, base, times) as daemon:
+        collector.write(path, WARM)
+        cycle(daemon)  # imports what it needs, prepares the base
+        with collecting(path, 2 * SECONDS + 600) as process:
+            begun, taken = time.monotonic(), len(pulls(times))
+            while time.monotonic() - begun < SECONDS or len(pulls(times)) < taken + FEW:
+                cycle(daemon)
+            beside = pulls(times)[taken:]
+            process.terminate()
+            watched = ended(process)
+        cycle(daemon)  # what came after the last pull
+        taken, written = len(pulls(times)), watched["rows"]
+        many = sum(one.accepted for one in beside) // len(beside)
+        for _ in range(FEW):  # the same work, with nobody beside it
+            collector.write(path, range(written, written + many))
+            written += many
+            cycle(daemon)
+        calm = pulls(times)[taken:]
+        assert daemon.stop() == 0
+    with Store.open(tmp_path / "state/store.duckdb", read_only=True) as store:
         found = stored(store)
-    print(f"alone: {alone}\nwith {len(pulls)} pulls: {watched}")
-    assert found == sorted(f"c{n}" for n in range(watched["rows"])), "no row lost, none twice"
-    assert len(pulls) >= 3
-    # It may meet a reader at an opening, and waits a pull or two then; most of the time it meets nobody.
-    assert watched["worst"] <= 5 * max(pulls) + 10 * alone["worst"]
-    assert watched["median"] <= 10 * alone["median"] + max(pulls) / 2
+        trained = len(store.models())
+    slowdown = median(one.took for one in beside[-len(beside) // 2 :]) / median(one.took for one in calm)
+    print(f"the collector alone: {alone}\nbeside the daemon, {trained} versions: {watched}")
+    for name, some in (("beside the collector", beside), ("alone", calm)):
+        print(f"{len(some)} pulls {name}: {summary(some)}")
+    print(f"a pull beside the collector takes {slowdown:.2f} times as long")
+    assert found == sorted(f"c{n}" for n in [*range(written), *WARM]), "no row lost, none twice"
+    assert sum(one.accepted for one in pulls(times)) == len(found)
+    assert soak.findings(daemon) == []
+    # It may meet the daemon at an opening, and waits for that one then; most of the time it meets nobody.
+    assert watched["worst"] <= 5 * longest(beside) + 10 * alone["worst"]
+    assert watched["median"] <= 10 * alone["median"] + longest(beside) / 10
+    assert slowdown <= SLOWDOWN
+
+
+@contextmanager
+def running(home: Path, base: Path, times: Path) -> Iterator[DaemonProcess]:
+    """A daemon that pulls all the time: most cycles are over after the pull, the others a moment later."""
+    config = write_config(
+        home, base, source__columns__split="", source__columns__created_at="created_at",
+        source__overlap_hours=0.01, gate__min_gain=-1.0, rescue__attempts=0, retention__champions=2,
+        strategy__replay_size=50, training__min_rows=min(4000, int(130 * SECONDS)),
+    )  # fmt: skip
+    (home / "state").mkdir(mode=0o700)
+    (home / "state/mlflow.db").write_bytes(fresh_mlflow().read_bytes())
+    argv = [sys.executable, "-m", "tests.stopwatch", str(times), "--config", str(config), "run"]
+    with DaemonProcess(config, argv=argv) as daemon:
+        yield daemon
+
+
+def cycle(daemon: DaemonProcess) -> None:
+    assert daemon.ended(daemon.retrain())["state"] in ("promoted", "rejected", "nothing-to-do")
+
+
+def summary(found: Sequence[Pull]) -> dict[str, Any]:
+    return {
+        "took": collector.percentiles([one.took for one in found]),
+        "waited": collector.percentiles([sum(one.waited) for one in found]),
+        "held": collector.percentiles([held for one in found for held in one.held]),
+        "read": max(one.read for one in found),
+    }
 
 
 # Collectors that keep their file open.

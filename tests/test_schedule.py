@@ -1,9 +1,13 @@
 """Cron as cron means it, and the thread that keeps to it."""
 
 import threading
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, tzinfo
+from itertools import pairwise
+from zoneinfo import ZoneInfo
 
 import pytest
+from apscheduler.executors.debug import DebugExecutor
+from apscheduler.schedulers import base as scheduler
 
 from daemon.schedule import Schedule, next_run
 from storage.errors import ConfigError
@@ -52,12 +56,100 @@ def test_day_of_month_or_day_of_week_is_enough_when_both_are_restricted() -> Non
     assert firings("0 0 2 * 0", 2)[0] == datetime(2026, 3, 2, tzinfo=UTC)
 
 
-def test_a_time_zone_shifts_the_firing_and_survives_the_clock_change() -> None:
+def test_a_time_zone_shifts_the_firing() -> None:
     summer, winter = datetime(2026, 7, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC)
     assert firings("30 2 * * *", 1, zone="Europe/Madrid", after=summer)[0].astimezone(UTC).hour == 0
     assert firings("30 2 * * *", 1, zone="Europe/Madrid", after=winter)[0].astimezone(UTC).hour == 1
-    spring = firings("30 2 * * *", 2, zone="Europe/Madrid", after=datetime(2026, 3, 28, 12, tzinfo=UTC))
-    assert [at.day for at in spring] == [29, 30]
+
+
+# When the clocks change. Berlin puts them forward at 2:00 on 29 March, and back at 3:00 on 25 October.
+
+SPRING, AUTUMN = datetime(2026, 3, 28, 12, tzinfo=UTC), datetime(2026, 10, 24, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("cron", "evening", "first", "second"),
+    [
+        ("30 2 * * *", SPRING, "2026-03-29T03:30+02:00", "2026-03-30T02:30+02:00"),  # 2:30 is not there
+        ("30 2 * * *", AUTUMN, "2026-10-25T02:30+02:00", "2026-10-26T02:30+01:00"),  # 2:30 comes twice
+        ("0 3 * * *", SPRING, "2026-03-29T03:00+02:00", "2026-03-30T03:00+02:00"),
+        ("0 3 * * *", AUTUMN, "2026-10-25T03:00+01:00", "2026-10-26T03:00+01:00"),
+        ("0 2,3 * * *", SPRING, "2026-03-29T03:00+02:00", "2026-03-30T02:00+02:00"),  # both are one moment
+        ("45 2 * 3,10 0", SPRING, "2026-03-29T03:45+02:00", "2026-10-04T02:45+02:00"),
+    ],
+)
+def test_in_the_night_of_a_clock_change_it_fires_once(
+    cron: str, evening: datetime, first: str, second: str
+) -> None:
+    found = firings(cron, 2, zone="Europe/Berlin", after=evening)
+    assert [at.isoformat(timespec="minutes") for at in found] == [first, second]
+
+
+@pytest.mark.parametrize("evening", [SPRING, AUTUMN])
+def test_every_hour_is_every_hour_that_passes(evening: datetime) -> None:
+    found = [at.astimezone(UTC) for at in firings("30 * * * *", 24, zone="Europe/Berlin", after=evening)]
+    assert {later - earlier for earlier, later in pairwise(found)} == {timedelta(hours=1)}
+
+
+@pytest.mark.parametrize(
+    "zone",
+    [
+        "Europe/Berlin",
+        "America/New_York",
+        "America/Santiago",  # at midnight
+        "Australia/Lord_Howe",  # by half an hour
+        "Antarctica/Troll",  # by two hours
+        "UTC",
+    ],
+)
+@pytest.mark.parametrize("cron", ["30 2 * * *", "0 3 * * *", "15 0 * * *", "30 1 * * 0-6"])
+def test_there_is_one_firing_a_day_all_the_year(zone: str, cron: str) -> None:
+    year = datetime(2026, 1, 1, tzinfo=ZoneInfo(zone)) - timedelta(minutes=1)
+    days = [at.date() for at in firings(cron, 365, zone=zone, after=year)]
+    assert days == [date(2026, 1, 1) + timedelta(days=n) for n in range(365)]
+
+
+@pytest.mark.parametrize("evening", [SPRING, AUTUMN])
+@pytest.mark.parametrize("minutes", [7, 20, 60, 90])
+def test_a_daemon_restarted_all_night_long_asks_once(evening: datetime, minutes: int) -> None:
+    """As `daemon.service` does at its start: what was due since the last look is one firing."""
+    fired, seen = 0, evening
+    while seen < evening + timedelta(hours=24):
+        now = seen + timedelta(minutes=minutes)
+        due = next_run("30 2 * * *", "Europe/Berlin", after=seen)
+        assert due is not None
+        fired += due <= now
+        seen = now
+    assert fired == 1
+
+
+class Moved(datetime):
+    """The scheduler's clock, which the test moves."""
+
+    at = AUTUMN
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+        return cls.at.astimezone(tz)
+
+
+def test_the_scheduler_fires_once_in_the_hour_that_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """APScheduler's own turns, one a minute through the night."""
+    fired: list[datetime] = []
+    schedule = Schedule(lambda: fired.append(Moved.at))
+    monkeypatch.setattr(scheduler, "datetime", Moved)
+    schedule._scheduler.start(paused=True)
+    try:
+        schedule._scheduler.remove_executor("default")
+        schedule._scheduler.add_executor(DebugExecutor())  # fires on the spot
+        schedule.plan("30 2 * * *", "Europe/Berlin")
+        schedule._scheduler.state = scheduler.STATE_RUNNING
+        for _ in range(24 * 60):
+            Moved.at += timedelta(minutes=1)
+            schedule._scheduler._process_jobs()
+    finally:
+        schedule.stop()
+    assert fired == [datetime(2026, 10, 25, 0, 30, tzinfo=UTC)]
 
 
 @pytest.mark.parametrize(
