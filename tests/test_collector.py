@@ -197,7 +197,7 @@ def test_rotated_files_are_read_while_the_newest_is_held_open(tmp_path: Path) ->
 
 
 def test_a_pull_ends_with_the_file_that_it_began_with(tmp_path: Path) -> None:
-    """The link moves on between two openings of one pull; the next pull reads the next file from the start."""
+    """The link moves on between two openings of one pull; the next pull reads the next file whole."""
     link = tmp_path / "qa.duckdb"
     for first in (0, 100):
         _rows(tmp_path / f"{first}.duckdb", first).close()
