@@ -91,13 +91,16 @@ class DuckDBSource:
         self._full = True
         self._newest = 0  # microseconds since 1970
         self._last: int | None = None  # row number at the first opening
+        self._file = self.path  # what a link led to when a pull began
 
     def batches(self, cursor: Cursor | None) -> Iterator[list[RawRow]]:
         """The rows since `cursor`, minus the overlap; all rows when a full comparison is due.
 
         The file is closed while the caller works on a batch. Rows that are written after the first
-        opening may wait for the next pull, so that a busy collector cannot keep a pull going for ever.
+        opening may wait for the next pull, so that a busy collector cannot keep a pull going for ever. A
+        link that is moved to another file meanwhile counts from the next pull on.
         """
+        self._file = self.path.resolve()
         self._started = self._clock()
         self._full = self._needs_full_scan(cursor, self._started)
         self._newest = self._capped(_microseconds(cursor.watermark)) if cursor and cursor.watermark else 0
@@ -247,7 +250,7 @@ class DuckDBSource:
         waited, pause = 0.0, _FIRST_PAUSE
         while True:
             try:
-                return duckdb.connect(str(self.path), read_only=True, config=_CONFIG)
+                return duckdb.connect(str(self._file), read_only=True, config=_CONFIG)
             except duckdb.Error as error:
                 if not _is_busy(error):
                     raise self._explain(error) from None
@@ -269,8 +272,8 @@ class DuckDBSource:
 
     def _explain(self, error: Exception) -> SourceError:
         text = _first_line(error)
-        if not self.path.exists():
-            return SourceError(f"there is no file {self.path}; set source.path to your collector's DuckDB")
+        if not self._file.exists():
+            return SourceError(f"there is no file {self._file}; set source.path to your collector's DuckDB")
         if "version number" in text:
             return SourceError(
                 f"{self.path} was written by a newer DuckDB than this one ({duckdb.__version__}): {text}; "

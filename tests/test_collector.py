@@ -196,6 +196,27 @@ def test_rotated_files_are_read_while_the_newest_is_held_open(tmp_path: Path) ->
         assert stored(store) == sorted(f"r{n}" for n in range(total))
 
 
+def test_a_pull_ends_with_the_file_that_it_began_with(tmp_path: Path) -> None:
+    """The link moves on between two openings of one pull; the next pull reads the next file whole."""
+    link = tmp_path / "qa.duckdb"
+    for first in (0, 100):
+        _rows(tmp_path / f"{first}.duckdb", first).close()
+    link.symlink_to(tmp_path / "0.duckdb")
+    with Store.open(tmp_path / "store.duckdb") as store:
+        accept = store.accept
+
+        def rotating(*args: Any, **rules: Any) -> Any:
+            aside = tmp_path / ".link"
+            aside.symlink_to(tmp_path / "100.duckdb")
+            aside.rename(link)
+            return accept(*args, **rules)
+
+        store.accept = rotating  # type: ignore[method-assign]
+        assert pull(link, store, batch_rows=30).accepted == 100
+        assert pull(link, store, batch_rows=30).accepted == 100
+        assert stored(store) == sorted(f"r{n}" for n in range(200))
+
+
 def _rows(path: Path, first: int) -> Any:
     connection = duckdb.connect(str(path))
     connection.execute(

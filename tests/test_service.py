@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -67,6 +68,18 @@ def test_sigterm_ends_it_within_seconds_and_tells_systemd(idle: DaemonProcess) -
     idle.hear("STOPPING=1")
     assert not idle.settings.socket_path.exists()
     assert "action=stopped" in idle.log.read_text()
+
+
+def test_its_log_may_be_truncated_while_it_runs(idle: DaemonProcess) -> None:
+    """logrotate's `copytruncate`, on a log that is appended to: `daemon run 2>> holdfast.log`."""
+    rotated = idle.log.with_suffix(".1")
+    shutil.copy(idle.log, rotated)
+    os.truncate(idle.log, 0)
+    assert idle.stop() == 0
+    assert "action=started" in rotated.read_text()
+    assert "action=started" not in idle.log.read_text()
+    assert "action=stopped" in idle.log.read_text()
+    assert "\0" not in idle.log.read_text(), "it does not go on where it was"
 
 
 def test_ctrl_c_ends_it_too(idle: DaemonProcess) -> None:
