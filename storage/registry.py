@@ -1,7 +1,8 @@
 """Where metrics, figures and model versions become visible: one MLflow experiment and one model per bot.
 
-The only module that imports MLflow (with daemon/served_model.py). It records and never decides, and
-it imports no torch: models are saved as code plus files, without loading them.
+With its parts (storage/mlflow_*.py, storage/packaging.py) and daemon/served_model.py it alone imports MLflow.
+It records and never decides, and it imports no torch: models are saved as code plus files, without loading
+them.
 
 Everything may be repeated after a crash. A cycle counts as published when its model version exists:
 that is one transaction, and the version carries the store, the cycle and the adapter that it was made
@@ -11,22 +12,19 @@ Whatever an interrupted attempt left before that is removed and written again.
 
 import json
 import logging
-import os
 import shutil
-import threading
 import time
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from storage import artifacts, mlflow_client, runs
-from storage.errors import IntegrityError, RegistryError, RegistryUnavailable
-from storage.reach import absolute, is_server, obstacle, redact, sqlite_path
+from storage import artifacts, mlflow_client, packaging, runs
+from storage.errors import IntegrityError, RegistryError
+from storage.mlflow_connection import Connection
+from storage.reach import sqlite_path
 from storage.runs import CycleRecord, Listed, Listing, Matrix
 
 __all__ = ["CycleRecord", "Listed", "Listing", "Matrix", "Registry"]
@@ -40,39 +38,6 @@ STREAM_TAG = "holdfast.stream"
 REASON_TAG = "holdfast.reason"  # why a cycle failed, or why a version was rejected
 MODEL_DIR = "model"  # in the run's artifacts
 
-# MLflow reads these when it is imported; the operator's own values win. Seconds instead of minutes
-# of retries: a cycle that cannot publish now keeps its verdict and publishes later.
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_UV_AUTO_DETECT": "false",  # would copy the working directory's uv.lock into the model
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-}
-_QUIET = {
-    "mlflow": logging.WARNING,
-    "alembic": logging.WARNING,
-    "matplotlib": logging.WARNING,
-    "mlflow.store.db.utils": logging.CRITICAL,  # logs a traceback of what it raises anyway
-    "urllib3.connectionpool": logging.ERROR,  # each retry
-}
-# What a served model imports; versions are those of this machine.
-_REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "safetensors", "tokenizers", "holdfast")
-_EXAMPLE = {"question": "What is the capital of France?", "context": "", "task": ""}
-# Errors that another day may cure, as opposed to requests that MLflow will always refuse.
-_PASSING = frozenset(
-    {
-        "INTERNAL_ERROR",
-        "TEMPORARILY_UNAVAILABLE",
-        "REQUEST_LIMIT_EXCEEDED",
-        "UNAUTHENTICATED",
-        "PERMISSION_DENIED",
-    }
-)
-
 
 class Registry:
     """One bot's experiment and registered model, both named after it."""
@@ -81,30 +46,28 @@ class Registry:
         self, tracking_uri: str, bot: str, artifact_root: Path, served_model: Path, *, store_id: str
     ) -> None:
         """Touches nothing yet. `artifact_root` is used where no server decides on the place."""
-        self._uri = absolute(tracking_uri)
         self._store_id = store_id
         self._bot = bot
         self._artifact_root = artifact_root.absolute()
         self._served_model = served_model
-        self._lock = threading.RLock()
-        self._connected: tuple[Any, str] | None = None
+        self._connection = Connection(tracking_uri, bot, self._artifact_root)
 
     @property
     def shown_uri(self) -> str:
         """The tracking URI without its password."""
-        return redact(self._uri, self._uri)
+        return self._connection.shown_uri
 
     def model_uri(self, version: int) -> str:
         return f"models:/{self._bot}/{version}"
 
     def check(self) -> None:
         """Raises RegistryUnavailable when MLflow cannot be used now."""
-        with self._mlflow():
+        with self._connection.use():
             pass
 
     def publish(self, record: CycleRecord) -> int:
         """The version of the cycle: its run and its model, written once however often this is called."""
-        with self._mlflow() as (client, experiment):
+        with self._connection.use() as (client, experiment):
             done = self._find_version(client, record.cycle_id, record.adapter_hash)
             if done is None:
                 self._remove_runs(client, experiment, record.cycle_id)
@@ -114,7 +77,7 @@ class Registry:
 
     def version_of(self, cycle_id: int) -> int | None:
         """The version that a cycle made, if it was published."""
-        with self._mlflow() as (client, _):
+        with self._connection.use() as (client, _):
             found = self._find_version(client, cycle_id)
             return int(found.version) if found is not None else None
 
@@ -129,7 +92,7 @@ class Registry:
         finished_at: datetime | None = None,
     ) -> None:
         """A failed run with its reason, once. A cycle that has a version already keeps its one run."""
-        with self._mlflow() as (client, experiment):
+        with self._connection.use() as (client, experiment):
             if self._find_version(client, cycle_id) is not None:
                 return
             if self._runs(client, experiment, {CYCLE_TAG: str(cycle_id)}, "attributes.status = 'FAILED'"):
@@ -147,7 +110,7 @@ class Registry:
 
         A number that a step has already is left alone; the heat map there is always the newest.
         """
-        with self._mlflow() as (client, experiment):
+        with self._connection.use() as (client, experiment):
             run_id = self._stream_run(client, experiment)
             points = [(runs.key(name), value, step) for name, value in metrics.items()]
             new = [point for point in points if not mlflow_client.has_step(client, run_id, point[0], step)]
@@ -162,30 +125,30 @@ class Registry:
 
         Raises `RegistryError` when the version there holds another adapter than ours.
         """
-        with self._mlflow() as (client, _):
+        with self._connection.use() as (client, _):
             self._check_is(client, version, adapter_hash)
             client.set_registered_model_alias(self._bot, alias, str(version))
 
     def check_has(self, version: int, adapter_hash: str) -> None:
         """Raises `RegistryError` when the version is not there, or holds another adapter than ours."""
-        with self._mlflow() as (client, _):
+        with self._connection.use() as (client, _):
             self._check_is(client, version, adapter_hash)
 
     def alias(self, alias: str) -> int | None:
         """The version that the alias points to."""
-        with self._mlflow() as (client, _):
+        with self._connection.use() as (client, _):
             found = client.search_registered_models(filter_string=f"name = '{self._bot}'")
             version = found[0].aliases.get(alias) if found else None
             return int(version) if version is not None else None
 
     def delete_alias(self, alias: str) -> None:
         """No alias afterwards, whether there was one or not."""
-        with self._mlflow() as (client, _):
+        with self._connection.use() as (client, _):
             if client.search_registered_models(filter_string=f"name = '{self._bot}'"):
                 client.delete_registered_model_alias(self._bot, alias)
 
     def tag_version(self, version: int, tags: Mapping[str, str]) -> None:
-        with self._mlflow() as (client, _):
+        with self._connection.use() as (client, _):
             for key, value in runs.tags(tags).items():
                 client.set_model_version_tag(self._bot, str(version), key, value)
 
@@ -195,11 +158,11 @@ class Registry:
         A version or file that is not there is no error. Where the store of artifacts cannot remove anything,
         the files are left to `mlflow gc`.
         """
-        with self._mlflow() as (client, _):
+        with self._connection.use() as (client, _):
             wanted = f"name = '{self._bot}' and {self._ours({})}"
             found = [one for one in mlflow_client.all_versions(client, wanted) if int(one.version) == version]
             for one in found:
-                mlflow_client.remove_files(client, self._uri, one.run_id, files)
+                mlflow_client.remove_files(client, self._connection.uri, one.run_id, files)
                 for key, value in runs.tags(tags).items():
                     client.set_model_version_tag(self._bot, str(version), key, value)
 
@@ -207,27 +170,27 @@ class Registry:
         """Takes rows out of all that MLflow has: their lines in tables of predictions, and of the cycles that
         learned them all files but numbers and pictures. The tags go to the versions of these cycles."""
         shutil.rmtree(self._artifact_root / ".staging", ignore_errors=True)
-        with self._mlflow() as (client, experiment):
+        with self._connection.use() as (client, experiment):
             for run in self._runs(client, experiment, {}, "attributes.status = 'RUNNING'"):
                 if CYCLE_TAG in run.data.tags:  # the other one is the stream's
                     self._remove_runs(client, experiment, int(run.data.tags[CYCLE_TAG]))
             for one in mlflow_client.all_versions(client, f"name = '{self._bot}' and {self._ours({})}"):
                 if int(one.tags.get(CYCLE_TAG, 0)) in cycles:
                     mlflow_client.remove_files(
-                        client, self._uri, one.run_id, (MODEL_DIR, runs.PREDICTIONS, runs.CLASSES)
+                        client, self._connection.uri, one.run_id, (MODEL_DIR, runs.PREDICTIONS, runs.CLASSES)
                     )
                     for key, value in runs.tags(tags).items():
                         client.set_model_version_tag(self._bot, one.version, key, value)
                 else:
                     with self._staging() as folder:
-                        mlflow_client.remove_lines(client, self._uri, one.run_id, rows, folder)
+                        mlflow_client.remove_lines(client, self._connection.uri, one.run_id, rows, folder)
 
     def look(self) -> Listing:
         """What MLflow has of this store. Makes nothing: no database, no experiment."""
-        database = sqlite_path(self._uri)
+        database = sqlite_path(self._connection.uri)
         if database is not None and not database.exists():
             return Listing()
-        with self._mlflow(make=False) as (client, _):
+        with self._connection.use(make=False) as (client, _):
             models = client.search_registered_models(filter_string=f"name = '{self._bot}'")
             if not models:
                 return Listing()
@@ -237,72 +200,6 @@ class Registry:
                 self._listed(client, version) for version in mlflow_client.all_versions(client, wanted)
             ]
         return Listing(aliases=aliases, versions=tuple(sorted(versions, key=lambda one: one.version)))
-
-    # --- the connection ---------------------------------------------------------------------
-
-    @contextmanager
-    def _mlflow(self, *, make: bool = True) -> Iterator[tuple[Any, str]]:
-        """Client and experiment id; whatever MLflow raises inside comes out in our words.
-
-        Without `make` the experiment is not made where it is missing, and its id is not told.
-        """
-        with self._lock:
-            self._knock()
-            _prepare()
-            from mlflow.exceptions import MlflowException
-            from sqlalchemy.exc import SQLAlchemyError
-
-            errors = (MlflowException, SQLAlchemyError, OSError)  # OSError: files, and all of requests
-            try:
-                if self._connected is None and make:
-                    self._connected = self._connect()
-                connected = self._connected or (self._client(), "")
-            except errors as error:
-                raise self._unavailable(str(error)) from None
-            try:
-                yield connected
-            except errors as error:
-                code = getattr(error, "error_code", "INTERNAL_ERROR")
-                if code in _PASSING:
-                    raise self._unavailable(str(error)) from None
-                raise RegistryError(f"MLflow at {self.shown_uri} refused: {self._redact(error)}") from None
-
-    def _knock(self) -> None:
-        problem = obstacle(self._uri)
-        if problem is not None:
-            raise self._unavailable(problem)
-
-    def _unavailable(self, problem: str) -> RegistryUnavailable:
-        return RegistryUnavailable(
-            f"MLflow at {self.shown_uri} cannot be used: {self._redact(problem)}; check mlflow.tracking_uri "
-            "with `daemon doctor`. The cycle keeps its verdict and is published when MLflow is back"
-        )
-
-    def _redact(self, problem: object) -> str:
-        said, _, _ = str(problem).partition("\n[SQL:")  # the statement helps nobody who runs a daemon
-        return redact(said, self._uri).strip()
-
-    def _connect(self) -> tuple[Any, str]:
-        from mlflow.exceptions import MlflowException
-
-        client = self._client()
-        experiment = client.get_experiment_by_name(self._bot)
-        if experiment is None:
-            return client, client.create_experiment(self._bot, artifact_location=self._artifact_location())
-        if experiment.lifecycle_stage != "active":
-            raise MlflowException(
-                f"the experiment {self._bot!r} was deleted; bring it back with "
-                f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`"
-            )
-        return client, experiment.experiment_id
-
-    def _client(self) -> Any:
-        from mlflow import MlflowClient
-
-        return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
-
-    def _artifact_location(self) -> str | None:
-        return None if is_server(self._uri) else (self._artifact_root / self._bot).as_uri()
 
     # --- runs and versions ------------------------------------------------------------------
 
@@ -326,7 +223,7 @@ class Registry:
         from mlflow.exceptions import MlflowException
 
         place = urlsplit(version.source)
-        here = place.scheme in ("", "file") and not is_server(self._uri)
+        here = place.scheme in ("", "file") and not self._connection.is_server
         weights = Path(unquote(place.path)) / "artifacts" / "adapter" / "adapter_model.safetensors"
         try:
             metrics = dict(client.get_run(version.run_id).data.metrics) if version.run_id else None
@@ -379,7 +276,7 @@ class Registry:
         mlflow_client.log_metrics(client, run_id, runs.points(record), runs.milliseconds(record.finished_at))
         with self._staging() as folder:
             runs.write_files(folder, record)
-            self._save_model(folder / MODEL_DIR, run_id, record)
+            packaging.save(folder / MODEL_DIR, self._served_model, run_id, record)
             client.log_artifacts(run_id, str(folder))
         self._sync(run)
         self._ensure_model(client)
@@ -451,49 +348,3 @@ class Registry:
             client.create_registered_model(
                 self._bot, description=f"Adapters of {self._bot}, one version a cycle."
             )
-
-    def _save_model(self, folder: Path, run_id: str, record: CycleRecord) -> None:
-        """Code, adapter and continual state; the base stays where it is, named by its fingerprint."""
-        import pandas
-        from mlflow import pyfunc
-        from mlflow.models import Model, ModelSignature
-        from mlflow.types import ColSpec, DataType, Schema
-
-        parts = {"adapter": str(record.adapter_dir.absolute())}
-        if record.state_dir is not None:
-            parts["state"] = str(record.state_dir.absolute())
-        pyfunc.save_model(
-            folder,
-            python_model=str(self._served_model),
-            artifacts=parts,
-            model_config=json.loads(json.dumps(dict(record.model_config), default=str)),
-            mlflow_model=Model(artifact_path=MODEL_DIR, run_id=run_id),
-            pip_requirements=requirements(),
-            # No input schema: MLflow's schemas admit a list of questions or a table with optional
-            # columns, never both. The example shows the columns.
-            signature=ModelSignature(outputs=Schema([ColSpec(DataType.string)])),
-            input_example=pandas.DataFrame([_EXAMPLE]),
-        )
-
-
-def requirements() -> list[str]:
-    """What a served model needs, in the versions installed here; nothing is guessed by importing."""
-    found = []
-    for name in _REQUIREMENTS:
-        try:
-            found.append(f"{name}=={version(name).partition('+')[0]}")
-        except PackageNotFoundError:
-            continue  # holdfast itself, when run from a checkout
-    return found
-
-
-def _prepare() -> None:
-    """Before MLflow's first import, and harmless after it. Nothing but MLflow's chatter is silenced."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    for name, level in _QUIET.items():
-        chatty = logging.getLogger(name)
-        chatty.setLevel(max(chatty.level, level))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow warns about its own type hints while it is imported
-        import mlflow.pyfunc  # noqa: F401

@@ -95,7 +95,7 @@ def test_a_row_that_was_learned_is_nowhere_and_the_champion_is_the_last_that_nev
     line = bot.store.promotions()[-1]
     assert (line.kind, line.who, line.why) == ("erasure", "ann", "erasure 1: asked to")
     assert bot.store.quarantined() == [], "it had the same question"
-    tags = bot.registry._client().get_model_version("test-bot", "3").tags
+    tags = bot.registry._connection.client().get_model_version("test-bot", "3").tags
     assert tags["holdfast.erased"] == "erasure 1"
 
 

@@ -55,7 +55,16 @@ def test_the_daemon_never_imports_torch_at_module_level(path: Path) -> None:
 @pytest.mark.parametrize(
     ("library", "home"),
     [
-        ("mlflow", {"storage/registry.py", "storage/mlflow_client.py", "daemon/served_model.py"}),
+        (
+            "mlflow",
+            {
+                "storage/registry.py",
+                "storage/mlflow_client.py",
+                "storage/mlflow_connection.py",
+                "storage/packaging.py",
+                "daemon/served_model.py",
+            },
+        ),
         ("apscheduler", {"daemon/schedule.py"}),
         ("duckdb", {"storage/database.py", "storage/sources.py", "storage/files.py"}),
         ("avalanche", {"strategies/loop.py", "strategies/method.py", "strategies/experience.py"}),

@@ -169,7 +169,7 @@ def test_mlflow_shows_what_a_cycle_was_run_with_whatever_the_configuration_says_
 
 
 def published(registry: Registry, cycle_id: int) -> Any:
-    with registry._mlflow() as (client, experiment):
+    with registry._connection.use() as (client, experiment):
         (run,) = client.search_runs([experiment], f"tags.`holdfast.cycle` = '{cycle_id}'")
         return run
 

@@ -143,18 +143,19 @@ def test_publishing_again_changes_nothing(tmp_path: Path, registry: Registry) ->
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from storage import packaging
 from storage.registry import Registry
 from tests.test_registry import open_registry, record
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-setattr(Registry, sys.argv[2], die)
+setattr(packaging if sys.argv[2] == "save" else Registry, sys.argv[2], die)
 open_registry(Path(sys.argv[1])).publish(record(Path(sys.argv[1])))
 """
 
 
-@pytest.mark.parametrize("moment", ["_save_model", "_ensure_model", "_finish"])
+@pytest.mark.parametrize("moment", ["save", "_ensure_model", "_finish"])
 def test_a_kill_at_any_moment_leaves_one_run_and_one_version_in_the_end(tmp_path: Path, moment: str) -> None:
     killed = python(KILLED, tmp_path, moment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

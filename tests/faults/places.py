@@ -42,7 +42,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         "daemon.executor:WorkerExecutor._run",
         "daemon.promote:repair_alias",
         "storage.registry:Registry._create_run",
-        "storage.registry:Registry._save_model",
+        "storage.packaging:save",
         "storage.registry:Registry._ensure_model",
         "storage.registry:Registry._finish",
         "storage.registry:Registry.log_stream",
