@@ -331,7 +331,7 @@ def _unchecked_rows(connection: Any, file: Any, names: list[str]) -> Iterator[tu
     for batch in file.iter_batches(_PARQUET_ROWS, columns=names):
         columns = [_spelt_out(batch.column(batch.schema.names.index(name))) for name in names]
         text = [_is_text(column.type) for column in columns]
-        plain = [c.cast(pa.large_binary()) if t else c for c, t in zip(columns, text, strict=True)]
+        plain = [column.cast(_bytes_for_text(column.type)) for column in columns]
         table = pa.table(plain, names=[str(place) for place in range(len(names))])
         for values in connection.from_arrow(table).fetchall():
             yield tuple(_as_text(v) if t else v for v, t in zip(values, text, strict=True))
@@ -340,6 +340,21 @@ def _unchecked_rows(connection: Any, file: Any, names: list[str]) -> Iterator[tu
 def _spelt_out(column: Any) -> Any:
     """Text that is kept as places in a list of texts, which may be broken like any other."""
     return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def _bytes_for_text(kind: Any) -> Any:
+    """A type with bytes in the place of text, however deep. What is not flat is no text to the intake."""
+    if _is_text(kind):
+        return pa.large_binary()
+    if pa.types.is_dictionary(kind):
+        return _bytes_for_text(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _bytes_for_text(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_bytes_for_text(kind.key_type), _bytes_for_text(kind.item_type))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(_bytes_for_text(kind.value_type))
+    return kind
 
 
 def _is_text(kind: Any) -> bool:

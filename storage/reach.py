@@ -15,15 +15,18 @@ _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 
 _SQLITE = "sqlite:///"
 _SQLITE_MAGIC = b"SQLite format 3\0"
 _USERINFO = re.compile(r"(://[^:/@\s]*):[^/\s]*@")
+_IN_QUERY = re.compile(r"([?&][^=&\s]*(?:pass|pwd|secret|token|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE)
 
 
 def redact(text: str, uri: str = "") -> str:
-    """`text` without the password of `uri`, and without any other `://user:password@` in it."""
-    text = _USERINFO.sub(r"\1:***@", text)
-    secret = urlsplit(uri).password if uri else None
-    if not secret:
-        return text
-    for form in sorted({secret, unquote(secret)}, key=len, reverse=True):
+    """`text` without the passwords of `uri`, and without any other `://user:password@` or `?password=`."""
+    text = _IN_QUERY.sub(r"\1***", _USERINFO.sub(r"\1:***@", text))
+    secrets = [
+        urlsplit(uri).password or "",
+        *(given[0].partition("=")[2] for given in _IN_QUERY.finditer(uri)),
+    ]
+    forms = {form for secret in secrets for form in (secret, unquote(secret)) if form}
+    for form in sorted(forms, key=len, reverse=True):
         text = text.replace(form, "***")
     return text
 

@@ -286,6 +286,45 @@ def test_a_parquet_column_kept_as_a_dictionary_may_hold_text_that_is_not_utf8(tm
     assert found == ["ok", b"\xff", None, "ok"]
 
 
+BAD = texts(b"x", b"\xff", b"y")
+PLACES = pa.array([0, 1, 2, 3], pa.int32())
+NESTED = {
+    "struct": pa.StructArray.from_arrays([BAD], ["s"]),
+    "list": pa.ListArray.from_arrays(PLACES, BAD),
+    "large list": pa.LargeListArray.from_arrays(PLACES.cast(pa.int64()), BAD),
+    "list of one": pa.FixedSizeListArray.from_arrays(BAD, 1),
+    "map": pa.MapArray.from_arrays(PLACES, texts(b"1", b"2", b"3"), BAD),
+    "list of structs": pa.ListArray.from_arrays(PLACES, pa.StructArray.from_arrays([BAD], ["s"])),
+    "struct of a dictionary": pa.StructArray.from_arrays(
+        [pa.DictionaryArray.from_arrays(PLACES[:3], BAD)], ["d"]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize(
+    ("name", "verdicts"),
+    [
+        ("something else", ["", "", ""]),
+        ("created_at", ["", "", ""]),
+        ("context", ["wrong-type"] * 3),
+        ("question", ["wrong-type"] * 3),
+        ("split", ["unknown-split"] * 3),
+    ],
+)
+def test_text_that_is_not_utf8_deep_in_a_parquet_column_costs_no_other_row(
+    tmp_path: Path, kind: str, name: str, verdicts: list[str]
+) -> None:
+    good = dict.fromkeys(("id", "question", "answer"), texts(b"1", b"2", b"3"))
+    pq.write_table(pa.table({**good, name: NESTED[kind]}), tmp_path / "x.parquet")
+    wide = Columns(context="context", created_at="created_at", split="split")
+    judged = [
+        validate(row, SourceSpec(), source="x", now=utcnow())
+        for row in rows(tmp_path / "x.parquet", columns=wide)
+    ]
+    assert [row.reason if isinstance(row, Rejected) else "" for row in judged] == verdicts
+
+
 def test_a_parquet_file_with_such_text_is_not_loaded_as_a_whole(tmp_path: Path) -> None:
     text = texts(b"\xff", *(b"%d" % n * 200 for n in range(40_000)))
     table = pa.table({"id": text, "question": text, "answer": text})

@@ -325,6 +325,10 @@ def test_a_password_never_stays_in_a_message() -> None:
         "cannot connect to postgresql://ana:***@db/mlflow: password '***' refused; also http://x:***@z"
     )
     assert redact("sqlite:////var/a:b@c.db") == "sqlite:////var/a:b@c.db"
+    uri = "postgresql://db/mlflow?user=ana&password=s3cr%40t&sslmode=require"
+    assert redact(f"{uri}: password 's3cr@t' refused", uri) == (
+        "postgresql://db/mlflow?user=ana&password=***&sslmode=require: password '***' refused"
+    )
 
 
 @contextmanager
