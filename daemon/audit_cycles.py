@@ -105,7 +105,8 @@ def each_candidate_is_one_that_a_rescue_makes(evidence: Evidence) -> Iterator[Wr
     for cycle in evidence.cycles.values():
         candidates, snapshot = evidence.candidates[cycle.id], evidence.snapshot_of(cycle)
         attempts = rescue.Limits.of(snapshot).attempts if snapshot else ALL
-        told = next(_faults(candidates, attempts), None) or _other_verdict(evidence, cycle)
+        with evidence.store.reading(f"a verdict of cycle {cycle.id}"):
+            told = next(_faults(candidates, attempts), None) or _other_verdict(evidence, cycle)
         if told:
             yield Wrong(message=f"cycle {cycle.id}: {told}", next=SHOW.format(cycle=cycle.id))
 

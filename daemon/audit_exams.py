@@ -130,7 +130,8 @@ def each_verdict_can_be_reached_again(evidence: Evidence) -> Iterator[Wrong]:
             continue
         for candidate in evidence.candidates[cycle.id]:
             if candidate.verdict and candidate.model:
-                told = _judged_otherwise(evidence, candidate, snapshot, cells)
+                with evidence.store.reading(f"a verdict of cycle {cycle.id}"):
+                    told = _judged_otherwise(evidence, candidate, snapshot, cells)
                 if told:
                     name = f"cycle {cycle.id}, attempt {candidate.number}: the verdict on record says"
                     yield Wrong(message=f"{name} {told}", next=SHOW.format(cycle=cycle.id))

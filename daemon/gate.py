@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from storage.errors import UNREADABLE, IntegrityError
 from strategies.contract import Record
 
 
@@ -108,7 +109,10 @@ def judge(suites: Sequence[SuiteScores], thresholds: Thresholds, *, seed: int = 
 
 def summary_of(verdict: str) -> str:
     """The summary of a verdict that was stored as JSON."""
-    return str(json.loads(verdict)["summary"])
+    try:
+        return str(json.loads(verdict)["summary"])
+    except UNREADABLE as error:
+        raise IntegrityError(f"a verdict on record is damaged ({error!r}); run `daemon audit`") from None
 
 
 def worth_rescuing(verdict: Verdict) -> bool:

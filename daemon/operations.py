@@ -16,7 +16,7 @@ from typing import Any
 
 from daemon import report
 from daemon.settings import Settings
-from storage.errors import ControlError, RegistryError, SourceError
+from storage.errors import UNREADABLE, ControlError, RegistryError, SourceError
 from storage.reach import redact
 from storage.records import Promotion
 from storage.registry import Registry
@@ -64,19 +64,21 @@ def status(settings: Settings, store: Store | None) -> dict[str, Any]:
 
 def history(store: Store, limit: int) -> dict[str, Any]:
     """The newest cycles, lines in the history of the champion, and when answers changed; newest first."""
+    with store.reading("its events"):
+        superseded = [
+            {"at": moment(event.at), "rows": int(event.detail["rows"]), "source": str(event.detail["source"])}
+            for event in store.events(limit, kind="superseded")
+        ]
     return {
         "cycles": [plain(cycle) for cycle in store.cycles(limit)],
         "promotions": [promotion(line) for line in reversed(store.promotions())][:limit],
-        "superseded": [
-            {"at": moment(event.at), **event.detail} for event in store.events(limit, kind="superseded")
-        ],
+        "superseded": superseded,
     }
 
 
 def show(store: Store, cycle_id: int) -> dict[str, Any]:
     """One cycle: its scores, matrix and verdict, and all of it in sentences (`words`)."""
-    told = report.cycle_report(store, cycle_id)
-    return {**told, "words": report.explain(told)}
+    return report.cycle_report(store, cycle_id)
 
 
 def quarantine(store: Store, limit: int, reason: str | None = None) -> dict[str, Any]:
@@ -156,7 +158,14 @@ def prunable(settings: Settings, store: Store) -> dict[str, Any]:
 def paused(store: Store) -> dict[str, Any] | None:
     """Who paused the daemon and when, or None."""
     value = store.get_meta(PAUSED)
-    return json.loads(value) if value else None
+    if not value:
+        return None
+    try:
+        told = json.loads(value)
+        datetime.fromisoformat(told["at"])
+        return {"by": str(told["by"]), "at": told["at"]}
+    except UNREADABLE:  # it was paused, whoever it was
+        return {"by": "somebody (the record is damaged)", "at": None}
 
 
 def check_not_paused(store: Store) -> None:

@@ -81,7 +81,7 @@ def _record(
         "evaluation": {"max_new_tokens": meta["max_new_tokens"]},
         "gate": verdict["thresholds"],
     }
-    words = "\n".join(report.explain(told)) + "\n"
+    words = "\n".join(told["words"]) + "\n"
     return CycleRecord(
         cycle_id=cycle.id,
         started_at=cycle.started_at or cycle.requested_at,

@@ -9,7 +9,7 @@ from typing import Any
 
 from daemon import rescue, tradeoff
 from storage.errors import ControlError
-from storage.records import ModelVersion
+from storage.records import Cycle, ModelVersion
 from storage.removals import ANSWERS
 from storage.store import Store
 from strategies import metrics, scoring
@@ -64,11 +64,20 @@ def matrix(store: Store, *, cycle_id: int | None = None) -> Matrix:
 
 
 def cycle_report(store: Store, cycle_id: int) -> dict[str, Any]:
-    """Everything about one cycle as plain JSON values. Raises `ControlError` when there is no such cycle."""
+    """Everything about one cycle as plain JSON values, and in sentences (`words`).
+
+    Raises `ControlError` when there is no such cycle, `IntegrityError` when its record is damaged.
+    """
     cycle = store.cycle(cycle_id)
     if cycle is None:
         raise ControlError(f"there is no cycle {cycle_id}; see `daemon history`")
-    verdict = store.verdict(cycle_id)
+    with store.reading(f"what it has of cycle {cycle_id}"):
+        told = _gathered(store, cycle)
+        return {**told, "words": explain(told)}
+
+
+def _gathered(store: Store, cycle: Cycle) -> dict[str, Any]:
+    cycle_id, verdict = cycle.id, store.verdict(cycle.id)
     table = matrix(store, cycle_id=cycle_id) if store.scores(cycle_id) else None
     roles = {role: len(store.cycle_rows(cycle_id, role)) for role in ("train", "validation", "replay")}
     return {

@@ -30,7 +30,15 @@ from daemon.cycle import CycleRunner
 from daemon.flight import Activity, Flight
 from daemon.notify import Notifier
 from daemon.settings import Settings
-from storage.errors import ConfigError, ControlError, HoldfastError, Interrupted, StoreBusy, StoreError
+from storage.errors import (
+    UNREADABLE,
+    ConfigError,
+    ControlError,
+    HoldfastError,
+    Interrupted,
+    StoreBusy,
+    StoreError,
+)
 from storage.records import utcnow
 from storage.registry import Registry
 from storage.store import Store
@@ -263,9 +271,14 @@ class Service:
     def _catch_up(self) -> None:
         """Firings missed while the daemon was down become one cycle now."""
         plan, store = self._daemon.settings.schedule, self._daemon.store
-        known = json.loads(store.get_meta(_PLAN) or "{}")
-        if (known.get("cron"), known.get("timezone")) == (plan.cron, plan.timezone):
-            due = schedule.next_run(plan.cron, plan.timezone, after=datetime.fromisoformat(known["seen"]))
+        try:
+            known = json.loads(store.get_meta(_PLAN) or "{}")
+            seen = datetime.fromisoformat(known["seen"]) if known else None
+        except UNREADABLE as error:  # at worst a firing is missed
+            log.warning("the schedule's state is damaged: %s", error, extra={"action": "unread"})
+            known, seen = {}, None
+        if seen is not None and (known.get("cron"), known.get("timezone")) == (plan.cron, plan.timezone):
+            due = schedule.next_run(plan.cron, plan.timezone, after=seen)
             if due is not None and due.timestamp() <= time.time():
                 log.info("the firing of %s was missed", due.isoformat(), extra={"action": "missed"})
                 self._fire()

@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 
 import duckdb
 
-from storage.errors import StoreBusy, StoreError
+from storage.errors import UNREADABLE, IntegrityError, StoreBusy, StoreError
 
 SQL = Path(__file__).parent / "sql"
 T = TypeVar("T")
@@ -151,7 +151,8 @@ class Database:
     def all(self, make: Callable[..., T], query: str, given: Any = None, **values: Any) -> list[T]:
         """All rows of a named query, each made into a record from its column names."""
         names, rows = self._run(query, given, values)
-        return [make(**dict(zip(names, row, strict=True))) for row in rows]
+        with self.reading(f"the answer to its query {query!r}"):
+            return [make(**dict(zip(names, row, strict=True))) for row in rows]
 
     def one(self, make: Callable[..., T], query: str, **values: Any) -> T | None:
         """The first row as a record; None without a row."""
@@ -162,6 +163,17 @@ class Database:
         """Run SQL that is not one of the named queries: migrations, and looking around."""
         with self._lock, self._in_words():
             return list(self._use().execute(sql).fetchall())
+
+    @contextmanager
+    def reading(self, what: str) -> Iterator[None]:
+        """For whoever takes apart what is in the store: what cannot be is an `IntegrityError`, in words."""
+        try:
+            yield
+        except UNREADABLE as error:
+            raise IntegrityError(
+                f"the store {self.path} is damaged, {what} cannot be read ({type(error).__name__}: {error}); "
+                "stop the daemon and put your newest backup in its place. `daemon audit` names what is wrong"
+            ) from error
 
     def _run(self, query: str, given: Any, values: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
         """Everything is fetched before the lock is given back: an open result blocks the next query."""

@@ -29,6 +29,10 @@ class RowStore:
         """Several changes as one; nothing comes in between."""
         return self._db.transaction()
 
+    def reading(self, what: str) -> AbstractContextManager[None]:
+        """What the store has of something, taken apart: damage becomes an `IntegrityError` that names it."""
+        return self._db.reading(what)
+
     # -- rows --------------------------------------------------------------------------------------
 
     def accept(
