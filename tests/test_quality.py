@@ -292,6 +292,7 @@ def test_a_page_is_made_from_records_alone(tmp_path: Path) -> None:
         told("naive", 0.2, 100, seed=0),
         told("naive", 0.4, 100, seed=1),
         told("joint", 1.0, 90),
+        told("joint", 0.9, 90, seed=1),
         told("replay", 0.98, 140, memory=10),
         told("replay5+ewc", 0.9, 200, memory=100),
         replace(
@@ -306,13 +307,20 @@ def test_a_page_is_made_from_records_alone(tmp_path: Path) -> None:
     pages.update(page, "small", tmp_path / "records")
     text = page.read_text()
     assert "By hand." in text
+    assert "### toy, order given, seeds 0, 1 (size small)" in text
     assert "| `naive` | 65.0 ± 7.1 | -70.0 ± 14.1 |" in text
+    assert text.index("seeds 0, 1") < text.index("### toy, order given, seed 0 (size small)")
+    assert "| `naive` | 60.0 | -80.0 |" in text, "beside those that ran one seed, that seed alone"
     assert "| 1.40 | 10 (5.0%) | 0.00 MB | 1 |" in text
     assert r"did not run: ValueError: no \| such thing" in text
     assert "Best is `replay` with 99.0, 1.0 points below joint training, in 1.40 x naive's time" in text
     assert "is met by `replay`." in text
     pictures = {path.name: path.read_bytes() for path in (page.parent / "pictures").iterdir()}
-    assert set(pictures) == {"quality-small-toy-given-curve.svg", "quality-small-toy-given-time.svg"}
+    assert set(pictures) == {
+        f"quality-small-toy-given-seed{seeds}-{kind}.svg"
+        for seeds in ("0", "01")
+        for kind in ("curve", "time")
+    }
     pages.update(page, "small", tmp_path / "records")
     assert page.read_text() == text
     assert pictures == {path.name: path.read_bytes() for path in (page.parent / "pictures").iterdir()}
@@ -342,6 +350,18 @@ def test_time_is_relative_to_naive_of_the_same_seed() -> None:
     assert entry is not None
     assert entry.time is not None
     assert entry.time.mean == 2.0
+
+
+def test_nobody_is_compared_over_other_seeds() -> None:
+    found = boards(
+        [
+            *(told(name, 0.5, 100, seed=seed) for name in ("naive", "joint", "ewc") for seed in (0, 1)),
+            told("joint", 0.5, 100, seed=2),
+            told("si", 0.5, 100, seed=1),
+        ]
+    )
+    seen = [(board.seeds, [entry.name for entry in board.entries]) for board in found]
+    assert seen == [((1,), ["naive", "joint", "ewc", "si"]), ((0, 1), ["naive", "joint", "ewc"])]
 
 
 def test_a_cost_that_grows_has_a_slope_and_the_first_experience_does_not_count() -> None:

@@ -93,7 +93,7 @@ def _noise(board: Board) -> str:
             and stat.mean - found.mean <= max(stat.deviation, found.deviation)
         ):
             near.append(f"`{entry.name}`")
-    if len(best.runs) == 1 and others:
+    if len(board.seeds) == 1 and others:
         return " One seed each: small differences mean nothing."
     return f" Within one standard deviation of it: {', '.join(near)}." if near else ""
 

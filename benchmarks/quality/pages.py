@@ -49,7 +49,9 @@ def update(page: Path, size: str, folder: Path = records.FOLDER) -> None:
 def section(size: str, found: Sequence[Board]) -> str:
     parts = [f"Size `{size}`: {PRESETS[size].about}.", "", *_who(found)]
     for board in found:
-        parts += ["", f"### {board.stream}, order {board.order} (size {size})", "", *_board(size, board)]
+        seeds = f"seed{'s' * (len(board.seeds) > 1)} {', '.join(map(str, board.seeds))}"
+        title = f"### {board.stream}, order {board.order}, {seeds} (size {size})"
+        parts += ["", title, "", *_board(size, board)]
     return "\n".join(parts) + "\n"
 
 
@@ -119,7 +121,7 @@ def _growth(board: Board) -> list[str]:
 def _pictures(size: str, board: Board) -> Mapping[str, bytes]:
     if not board.measured:
         return {}
-    stem = f"quality-{size}-{board.stream}-{board.order}"
+    stem = _stem(size, board)
     if board.stream == GROWTH:
         return {f"{stem}-costs.svg": charts.svg(charts.flatness(board.measured))}
     return {
@@ -129,12 +131,17 @@ def _pictures(size: str, board: Board) -> Mapping[str, bytes]:
 
 
 def _shown(size: str, board: Board) -> list[str]:
-    stem = f"pictures/quality-{size}-{board.stream}-{board.order}"
+    stem = f"pictures/{_stem(size, board)}"
     if not board.measured:
         return []
     if board.stream == GROWTH:
         return ["", f"![costs over the experiences]({stem}-costs.svg)"]
     return ["", f"![average accuracy so far]({stem}-curve.svg)", "", f"![time and accuracy]({stem}-time.svg)"]
+
+
+def _stem(size: str, board: Board) -> str:
+    seeds = "".join(map(str, board.seeds))
+    return f"quality-{size}-{board.stream}-{board.order}-seed{seeds}"
 
 
 def _cell(found: Stat | None) -> str:
@@ -145,5 +152,6 @@ def _one_line(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")[:300]
 
 
-def _place(board: Board) -> tuple[int, int]:
-    return list(ABOUT).index(board.stream), ORDERS[board.stream].index(board.order)
+def _place(board: Board) -> tuple[int, int, int]:
+    """What has most seeds is the main table of its order."""
+    return list(ABOUT).index(board.stream), ORDERS[board.stream].index(board.order), -len(board.seeds)

@@ -1,7 +1,7 @@
 """Records of one stream and order, put side by side: means over seeds, costs relative to naive. Pure."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +80,11 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
-    """Everything measured on one stream in one order."""
+    """What was measured on one stream in one order, with the same seeds for all."""
 
     stream: str
     order: str
+    seeds: tuple[int, ...]
     entries: tuple[Entry, ...]
 
     def entry(self, name: str) -> Entry | None:
@@ -109,16 +110,36 @@ class MixedRecords(HoldfastError):
 
 
 def boards(records: Iterable[RunRecord]) -> list[Board]:
-    """One for each stream and order. Raises `MixedRecords`."""
+    """For each stream and order everybody on the seeds that all have run, then those with more seeds on
+    theirs: seeds differ by more than methods do, so nobody is compared over other ones.
+
+    Raises `MixedRecords`.
+    """
     groups: dict[tuple[str, str], list[RunRecord]] = {}
     for record in records:
         groups.setdefault((record.plan.stream, record.plan.order), []).append(record)
     for found in groups.values():
         _check_alike(found)
     return [
-        Board(stream=stream, order=order, entries=_entries(found))
-        for (stream, order), found in groups.items()
+        Board(stream=stream, order=order, seeds=seeds, entries=_entries(found))
+        for (stream, order), group in groups.items()
+        for seeds, found in _layers(group)
     ]
+
+
+def _layers(found: Sequence[RunRecord]) -> Iterator[tuple[tuple[int, ...], list[RunRecord]]]:
+    ran: dict[str, set[int]] = {}
+    for record in found:
+        if not record.failed:
+            ran.setdefault(record.plan.contender, set()).add(record.plan.seed)
+    shared = set.intersection(*ran.values()) if ran else set()
+    if not shared:
+        yield tuple(sorted(set().union(*ran.values()))), list(found)
+        return
+    yield tuple(sorted(shared)), [r for r in found if r.plan.seed in shared or r.failed]
+    more = {name: seeds for name, seeds in ran.items() if seeds > shared}
+    if len(more) > 1 and set.intersection(*more.values()) > shared:
+        yield from _layers([r for r in found if r.plan.contender in more and not r.failed])
 
 
 def _check_alike(found: Sequence[RunRecord]) -> None:
