@@ -7,6 +7,7 @@
 # make test-faults FAULTS=500 SEED=1   faults on purpose, an audit after each; FIRST=17 FAULTS=1 repeats one
 # make test-soak CYCLES=100      many cycles through one daemon: what grows (minutes)
 # make test-collector MINUTES=10   a collector that writes 200 rows a second while the daemon pulls
+# make audit-dependencies   known vulnerabilities of what constraints.txt pins (needs a network)
 # make format  rewrite the code as the formatter wants it
 # make clean   remove caches, build leftovers and demo-state/ (not .venv/)
 
@@ -29,7 +30,7 @@ SIZE ?= wide
 QUALITY := $(BIN)/python -m benchmarks.quality
 QUALITY_ARGS ?=
 
-.PHONY: setup demo test test-faults format clean benchmark-quality benchmark-quality-small test-soak test-collector test-fuzz
+.PHONY: setup demo test test-faults format clean benchmark-quality benchmark-quality-small test-soak test-collector test-fuzz audit-dependencies
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -74,6 +75,10 @@ benchmark-quality: setup
 
 benchmark-quality-small: setup
 	$(QUALITY) --size small --records .bench/quality/records $(QUALITY_ARGS)
+
+# --strict: a package that the index knows nothing of is an error, and not silently fine.
+audit-dependencies: setup
+	$(BIN)/uvx pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 import tomllib
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import duckdb
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from daemon import config, operations, publish
 from storage.errors import HoldfastError
@@ -168,6 +169,23 @@ def test_every_package_that_comes_with_the_project_is_pinned() -> None:
             seen.discard(name)
     assert len(seen) > 50
     assert sorted(seen - pinned) == []
+
+
+def test_what_is_installed_is_what_is_pinned() -> None:
+    """So that an audit of constraints.txt is one of what runs."""
+    pinned = [
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    ]
+    there = {name: wanted for name, wanted in pinned if _installed(name)}
+    assert len(there) > 100
+    assert {name: Version(_installed(name)).public for name in there} == there
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # of another platform
+        return ""
 
 
 def test_the_security_page_states_the_units_score() -> None:
