@@ -243,7 +243,9 @@ class CycleRunner:
         """The verdict, the scores and the rehearsed rows of one and the same candidate become the cycle's."""
         chosen = rescue.concluded(candidates)
         assert chosen.verdict is not None
-        reason = rescue.summary(candidates, gate.summary_of(chosen.verdict), over=over)
+        with self.store.reading(f"a verdict of cycle {cycle.id}"):
+            summary = gate.summary_of(chosen.verdict)
+        reason = rescue.summary(candidates, summary, over=over)
         report = TrainReport.read(result_files(self._result(chosen))["report"])
         log.info("%s", reason, extra=_action("decided", cycle))
         return self.store.advance(

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from storage.errors import UNREADABLE, IntegrityError
 from strategies.contract import Record
 
 
@@ -109,10 +108,7 @@ def judge(suites: Sequence[SuiteScores], thresholds: Thresholds, *, seed: int = 
 
 def summary_of(verdict: str) -> str:
     """The summary of a verdict that was stored as JSON."""
-    try:
-        return str(json.loads(verdict)["summary"])
-    except UNREADABLE as error:
-        raise IntegrityError(f"a verdict on record is damaged ({error!r}); run `daemon audit`") from None
+    return str(json.loads(verdict)["summary"])
 
 
 def worth_rescuing(verdict: Verdict) -> bool:

@@ -47,9 +47,9 @@ class RowStore:
 
         A row without a split takes the split that its question has already, under any task, or one with
         the same words; a new question takes the split that its content gives with `shares` (validation,
-        suite). Another answer
-        to a question takes its split in any case, and `on_conflict` says which of the answers count: the
-        newest label, only the first (the row is quarantined), or both. What is superseded stays stored.
+        suite). Another answer to a question takes its split in any case, and `on_conflict` says which of the
+        answers count: the newest label, only the first (the row is quarantined), or both. What is superseded
+        stays stored.
         Raises `StoreError` when the store cannot be used.
         """
         with self._db.transaction():
