@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Literal
 
 from daemon.mlflow_ui import _ENVIRONMENT
-from tests.bots import fresh_mlflow
 from tests.daemons import SECONDS, environment
 
 HOST = "127.0.0.1"
@@ -32,10 +31,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[int]:
-    """Its port, once it is healthy. Ends with all its processes."""
-    shutil.copy(fresh_mlflow(), folder / "mlflow.db")
-    port, binaries = free_port(), Path(sys.executable).parent  # mlflow looks for uvicorn on PATH
+def mlflow_server(folder: Path, port: int) -> Iterator[str]:
+    """Its address, once it is healthy. Ends with all its processes; what it has stays for the next start."""
+    from tests.bots import fresh_mlflow  # brings torch
+
+    if not (folder / "mlflow.db").exists():
+        shutil.copy(fresh_mlflow(), folder / "mlflow.db")
+    binaries = Path(sys.executable).parent  # mlflow looks for uvicorn on PATH
     command = [
         sys.executable,
         "-m",
@@ -44,8 +46,8 @@ def mlflow_server(folder: Path) -> Iterator[int]:
         "--backend-store-uri",
         f"sqlite:///{folder}/mlflow.db",
     ]
-    command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
-    with (folder / "server.log").open("w") as log, subprocess.Popen(
+    command += ["--artifacts-destination", str(folder / "served"), "--workers", "1"]
+    with (folder / "server.log").open("a") as log, subprocess.Popen(
         [*command, "--host", HOST, "--port", str(port)],
         env=environment(**_ENVIRONMENT, PATH=f"{binaries}{os.pathsep}{os.environ['PATH']}"),
         cwd=folder, stdout=log, stderr=log, start_new_session=True,
@@ -56,7 +58,7 @@ def mlflow_server(folder: Path) -> Iterator[int]:
                 assert process.poll() is None, (folder / "server.log").read_text()
                 assert time.monotonic() < deadline, (folder / "server.log").read_text()
                 time.sleep(0.2)
-            yield port
+            yield f"http://{HOST}:{port}"
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from tests import soak
 from tests.bots import write_config
 from tests.daemons import DaemonProcess, cli
-from tests.mlflow_server import HOST, Deed, Proxy, mlflow_server
+from tests.mlflow_server import HOST, Deed, Proxy, free_port, mlflow_server
 
 pytestmark = pytest.mark.acceptance
 
@@ -67,7 +67,8 @@ def waiting(told: dict[str, Any]) -> bool:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[Bench]:
     home = tmp_path_factory.mktemp("bot")
-    with mlflow_server(tmp_path_factory.mktemp("server")) as port:
+    port = free_port()
+    with mlflow_server(tmp_path_factory.mktemp("server"), port) as address:
         proxy = Proxy(port)
         proxy.up()
         config = write_config(
@@ -76,7 +77,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[Benc
         )  # fmt: skip
         argv = [sys.executable, "-m", "tests.toy_worker", "daemon", "--config", str(config), "run"]
         with DaemonProcess(config, argv=argv, MLFLOW_HTTP_REQUEST_TIMEOUT=TIMEOUT) as daemon:
-            yield Bench(daemon=daemon, proxy=proxy, client=MlflowClient(f"http://{HOST}:{port}"))
+            yield Bench(daemon=daemon, proxy=proxy, client=MlflowClient(address))
             assert daemon.stop() == 0
         proxy.down()
 

@@ -3,13 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +15,7 @@ from storage.errors import IntegrityError, RegistryError, RegistryUnavailable
 from storage.reach import redact
 from storage.registry import CycleRecord, Matrix, Registry
 from storage.runs import write_matrix
+from tests.mlflow_server import free_port, mlflow_server
 
 ROOT = Path(__file__).parent.parent
 SERVED_MODEL = ROOT / "daemon" / "served_model.py"
@@ -284,16 +280,10 @@ def test_a_store_put_back_from_a_backup_neither_finds_nor_removes_what_came_afte
 # --- what cannot be reached -----------------------------------------------------------------
 
 
-def closed_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("scheme", ["http", "postgresql"])
 def test_an_unreachable_server_is_told_quickly_and_without_its_password(tmp_path: Path, scheme: str) -> None:
-    uri = f"{scheme}://ana:s3cr%40t@127.0.0.1:{closed_port()}"
+    uri = f"{scheme}://ana:s3cr%40t@127.0.0.1:{free_port()}"
     registry = Registry(uri, "qa-bot", tmp_path, SERVED_MODEL, store_id="store")
     with pytest.raises(RegistryUnavailable, match="nothing answers") as caught:
         registry.publish(record(tmp_path))
@@ -331,45 +321,17 @@ def test_a_password_never_stays_in_a_message() -> None:
     )
 
 
-@contextmanager
-def server(home: Path, port: int) -> Iterator[str]:
-    """A real MLflow server on its own database."""
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{home}/server.db"]
-    command += ["--artifacts-destination", str(home / "served")]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # it starts uvicorn by name
-    env = {**os.environ, "PATH": path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (home / "server.log").open("a") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=home)
-    try:
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None, (home / "server.log").read_text()
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=0.2) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
-
-
 @pytest.mark.acceptance
 def test_a_server_that_goes_away_gets_the_cycle_when_it_is_back(tmp_path: Path) -> None:
-    port = closed_port()
+    port = free_port()
     registry = Registry(
         f"http://127.0.0.1:{port}", "qa-bot", tmp_path / "artifacts", SERVED_MODEL, store_id="store"
     )
-    with server(tmp_path, port):
+    with mlflow_server(tmp_path, port):
         assert registry.publish(record(tmp_path)) == 1
     with pytest.raises(RegistryUnavailable, match=f"127.0.0.1:{port}"):
         registry.publish(record(tmp_path, cycle_id=8))
-    with server(tmp_path, port):
+    with mlflow_server(tmp_path, port):
         assert registry.publish(record(tmp_path, cycle_id=8)) == 2
         assert registry.publish(record(tmp_path)) == 1
         registry.set_alias("champion", 2, "adapter of cycle 8")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.bots import collect, lesson, write_config
 from tests.daemons import DaemonProcess, cli
-from tests.test_registry import closed_port, server
+from tests.mlflow_server import free_port, mlflow_server
 
 SECRET = "s3cr"  # every one of them has it
 PASSWORD = "s3cr@t/1"
@@ -69,7 +69,7 @@ def written(home: Path) -> Iterator[tuple[str, bytes]]:
 
 @pytest.mark.acceptance
 def test_no_password_and_no_token_is_in_anything_that_a_cycle_leaves(tmp_path: Path, base: Path) -> None:
-    port = closed_port()
+    port = free_port()
     uri = f"http://ann:s3cr%40t%2F1@127.0.0.1:{port}"
     extra = {**ENVIRONMENT, "HOLDFAST_MLFLOW__TRACKING_URI": uri}
     home = tmp_path / "bot"
@@ -90,7 +90,7 @@ def test_no_password_and_no_token_is_in_anything_that_a_cycle_leaves(tmp_path: P
         look("status", "doctor --json", "audit")
         assert daemon.stop() == 0
     look("history")
-    with server(tmp_path, port), DaemonProcess(path, **extra) as daemon:
+    with mlflow_server(tmp_path, port), DaemonProcess(path, **extra) as daemon:
         assert daemon.ended(1)["state"] == "promoted"
         look("status", "show 1 --json", "audit --json", "ui")
         assert daemon.stop() == 0

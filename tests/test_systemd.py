@@ -83,11 +83,12 @@ class Holdfast:
     def pid(self) -> str:
         return self.show("MainPID")[0]
 
-    def signal(self, name: str) -> None:
-        self.machine.run("kill", f"-{name}", self.pid)
-
-    def started_again(self, restarts: int) -> bool:
-        return self.show("NRestarts", "ActiveState") == (str(restarts + 1), "active")
+    def is_started_again_after(self, signal: str) -> None:
+        """Its main process gets the signal, and systemd starts another one that answers."""
+        before, restarts = self.pid, int(self.show("NRestarts")[0])
+        self.machine.run("kill", f"-{signal}", before)
+        assert eventually(lambda: self.show("NRestarts", "ActiveState") == (str(restarts + 1), "active"))
+        assert str(self.status()["daemon"]["pid"]) == self.pid != before
 
     def processes(self) -> list[str]:
         """In the service's cgroup; as long as it is there."""
@@ -187,19 +188,13 @@ def test_a_cycle_is_published_and_nothing_is_wrong(holdfast: Holdfast) -> None:
 
 
 def test_after_kill_9_it_is_started_again(holdfast: Holdfast) -> None:
-    before, restarts = holdfast.pid, int(holdfast.show("NRestarts")[0])
-    holdfast.signal("KILL")
-    assert eventually(lambda: holdfast.started_again(restarts))
-    assert str(holdfast.status()["daemon"]["pid"]) == holdfast.pid != before
+    holdfast.is_started_again_after("KILL")
     assert "nothing is wrong" in holdfast.cli("audit")
     assert "Failed with result 'signal'" in holdfast.machine.journal("holdfast")
 
 
 def test_a_main_loop_that_hangs_is_noticed_by_the_watchdog_and_started_again(holdfast: Holdfast) -> None:
-    before, restarts = holdfast.pid, int(holdfast.show("NRestarts")[0])
-    holdfast.signal("STOP")
-    assert eventually(lambda: holdfast.started_again(restarts))
-    assert str(holdfast.status()["daemon"]["pid"]) == holdfast.pid != before
+    holdfast.is_started_again_after("STOP")
     journal = holdfast.machine.journal("holdfast")
     assert "Watchdog timeout (limit 10s)" in journal
     assert "Failed with result 'watchdog'" in journal
