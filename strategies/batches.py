@@ -4,21 +4,25 @@ Batches are padded on the left, so that all answers end at the last column: logi
 the last few positions only, which on a small model with a large vocabulary is most of the work.
 """
 
+import contextlib
 import inspect
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from strategies.text import Prompter
 
 IGNORED = -100
 _BUCKET = 32  # batches whose rows are sorted by length together
+_SHORT = 128  # columns up to which plain attention beats a CPU's fused kernel in bfloat16
 
 
 class Question(Protocol):
@@ -143,8 +147,16 @@ def answer_logits(model: Module, batch: Batch) -> Tensor:
         given["use_cache"] = False
     if "logits_to_keep" in taken:
         given["logits_to_keep"] = width + 1
-    logits: Tensor = model(**given).logits
+    with _attention(batch.input_ids.shape[1]):
+        logits: Tensor = model(**given).logits
     return logits[:, -width - 1 : -1]
+
+
+def _attention(columns: int) -> AbstractContextManager[None]:
+    """Forward and backward take 0.4 (32 columns) to 0.7 (128) of the fused kernel's time; see docs/log.md."""
+    if columns <= _SHORT and torch.is_autocast_enabled("cpu"):
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 def token_losses(model: Module, batch: Batch) -> Tensor:

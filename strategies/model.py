@@ -50,7 +50,7 @@ class Base:
         return context_tokens(self.model)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 arithmetic where it was asked for or the hardware has it; weights stay as they are."""
+        """bfloat16 arithmetic where it was asked for or the hardware has it; what learns stays float32."""
         if not uses_bfloat16(self.spec.dtype, self.device):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
@@ -63,12 +63,25 @@ def load_base(spec: ModelSpec) -> Base:
     model.requires_grad_(False)
     model.config.use_cache = False  # packing and training need it off; generation asks for it
     model.generation_config = GenerationConfig()  # a base's own (sampling, penalties) would not be greedy
+    if uses_bfloat16(spec.dtype, device):
+        _round_once(model)
     return Base(
         spec=spec,
         model=model.to(device).eval(),
         prompter=Prompter(tokenizer, spec.system_prompt, min(spec.max_tokens, context_tokens(model))),
         device=device,
     )
+
+
+def _round_once(model: Any) -> None:
+    """Frozen weights that autocast would round to bfloat16 in every pass are rounded here: the same numbers.
+
+    Not those that embeddings share (tied heads): these are looked up, and a look-up is not rounded.
+    """
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in looked_up:
+            module.weight.data = module.weight.data.bfloat16()
 
 
 def load_folder(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -118,7 +131,7 @@ def fresh_adapter(base: Base, lora: LoraSpec, seed: int) -> PeftModel:
         init_lora_weights="orthogonal" if lora.init == "orthogonal" else True,
     )
     try:
-        return get_peft_model(base.model, config)
+        return _lean(get_peft_model(base.model, config))
     except ValueError as error:
         raise ModelError(f"lora.targets = {lora.targets!r} does not fit this base: {error}") from error
 
@@ -147,6 +160,14 @@ def with_adapter(base: Base, folder: Path, *, trainable: bool) -> PeftModel:
         raise ModelError(
             f"the adapter in {folder} is not whole or of another base: {min(different)}; run `daemon doctor`"
         )
+    return _lean(model)
+
+
+def _lean(model: PeftModel) -> PeftModel:
+    """Without PEFT's cast of each layer's input to the adapter's float32, which autocast undoes at once."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
     return model
 
 

@@ -2,14 +2,17 @@
 
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import log_softmax
 
+from strategies import batches
 from strategies.batches import (
     IGNORED,
     Example,
@@ -22,7 +25,7 @@ from strategies.batches import (
     token_losses,
 )
 from strategies.contract import LoraSpec
-from strategies.model import Base, fresh_adapter, load_base
+from strategies.model import Base, fresh_adapter, load_base, trainable
 from tests.toys import tiny_base, tiny_model_spec, tiny_rows
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=400)
@@ -155,6 +158,32 @@ def test_logits_of_the_answers_alone_are_those_of_the_full_pass(base: Base, exam
         torch.testing.assert_close(
             answer_logits(base.model, batch), answer_logits(full, batch), atol=1e-6, rtol=1e-5
         )
+
+
+def test_short_rows_are_learned_with_plain_attention_and_the_same_result(
+    tmp_path: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_base(tmp_path)
+    plain = Mock(wraps=batches.sdpa_kernel)
+    monkeypatch.setattr(batches, "sdpa_kernel", plain)
+
+    def learned(short: int) -> list[Tensor]:
+        monkeypatch.setattr(batches, "_SHORT", short)
+        base = load_base(tiny_model_spec(folder, dtype="bfloat16"))
+        model = fresh_adapter(base, LoraSpec(rank=4, alpha=8, init="orthogonal"), seed=0)
+        with base.autocast():
+            loss, _ = nll(model, collate(examples, base.prompter.pad_id))
+        loss.backward()
+        return [loss, *(p.grad for p in trainable(model).values() if p.grad is not None)]
+
+    longest = max(one.length for one in examples)
+    fused = learned(longest - 1)
+    plain.assert_not_called()
+    short = learned(longest)
+    plain.assert_called()
+    assert len(fused) == len(short) > 2
+    for one, other in zip(short, fused, strict=True):
+        assert (one - other).norm() <= 0.02 * other.norm()  # bfloat16 has 8 bits
 
 
 def test_gradients_do_not_depend_on_how_rows_are_batched(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from strategies.model import (
     with_adapter,
     without_adapter,
 )
-from tests.toys import tiny_base, tiny_model_spec, tiny_rows
+from tests.toys import tiny_base, tiny_gpt2, tiny_model_spec, tiny_rows
 
 LORA = LoraSpec(rank=2, alpha=4)
 WEIGHTS = "adapter_model.safetensors"
@@ -208,7 +208,37 @@ def test_the_arithmetic_is_what_was_asked_for(folder: Path) -> None:
     base = load_base(tiny_model_spec(folder, dtype="bfloat16"))
     with base.autocast():
         assert logits(base.model).dtype == torch.bfloat16
-    assert {p.dtype for p in base.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainable(fresh_adapter(base, LORA, seed=0)).values()} == {torch.float32}
+    assert {p.dtype for p in load_base(tiny_model_spec(folder)).model.parameters()} == {torch.float32}
+
+
+def test_weights_rounded_once_give_the_numbers_of_weights_rounded_in_every_pass(
+    folder: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learned() -> list[torch.Tensor]:
+        base = load_base(tiny_model_spec(folder, dtype="bfloat16"))
+        made = with_adapter(base, adapter, trainable=True)
+        with base.autocast():
+            loss, _ = nll(made, collate(encode(tiny_rows("a", 4), base.prompter), base.prompter.pad_id))
+        loss.backward()
+        return [loss, *(p.grad for p in trainable(made).values() if p.grad is not None)]
+
+    once = learned()
+    monkeypatch.setattr(model, "_round_once", lambda model: None)
+    monkeypatch.setattr(model, "_lean", lambda model: model)
+    every_pass = learned()
+    assert len(once) == len(every_pass) > 2
+    assert all(torch.equal(a, b) for a, b in zip(once, every_pass, strict=True))
+
+
+def test_embeddings_that_the_head_shares_are_not_rounded(tmp_path: Path) -> None:
+    base = load_base(tiny_model_spec(tiny_gpt2(tmp_path, positions=64), dtype="bfloat16"))
+    embeddings = base.model.get_input_embeddings().weight
+    assert base.model.get_output_embeddings().weight is embeddings
+    assert embeddings.dtype == torch.float32
+    assert torch.bfloat16 in {p.dtype for p in base.model.parameters()}
+    with base.autocast():
+        logits(base.model)
 
 
 @pytest.mark.parametrize(
