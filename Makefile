@@ -66,7 +66,7 @@ test-collector: setup
 
 # What fails is kept in .hypothesis/ and tried first the next time.
 test-fuzz: setup
-	HOLDFAST_FUZZ=$(FUZZ) $(BIN)/python -m pytest --timeout=0 tests/test_fuzz_*.py $(TEST_ARGS)
+	FUZZ=$(FUZZ) $(BIN)/python -m pytest --timeout=0 tests/test_fuzz_*.py $(TEST_ARGS)
 
 # An interrupted benchmark continues with the same command; what is recorded is not run again.
 benchmark-quality: setup

@@ -1,6 +1,6 @@
 """How hard the property-based tests look: a little and always the same in CI, long and at random by hand.
 
-`HOLDFAST_FUZZ=50` (`make test-fuzz`) tries fifty times the examples, others in every run; what fails is
+`FUZZ=50` (`make test-fuzz`) tries fifty times the examples, others in every run; what fails is
 shown small, and kept in `.hypothesis/` to be tried first the next time.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 
-FACTOR = int(os.environ.get("HOLDFAST_FUZZ", "1"))
+FACTOR = int(os.environ.get("FUZZ", "1"))
 
 
 def examples(few: int) -> Any:

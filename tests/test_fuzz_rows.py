@@ -21,7 +21,7 @@ from storage.store import Store
 from tests.fuzzing import JSON, damaged, examples
 
 SPEC = SourceSpec()
-MANY = int(os.environ.get("HOLDFAST_FUZZ_ROWS", "20000"))  # 1000000 for the long run
+MANY = int(os.environ.get("FUZZ_ROWS", "20000"))  # 1000000 for the long run
 FIELDS = ("id", "task", "question", "answer", "context", "created_at", "split")
 VALUES = JSON | st.binary() | st.dates() | st.datetimes() | st.decimals() | st.uuids()
 # Text with lone surrogates, NUL, control characters: what files of mixed encodings turn into.

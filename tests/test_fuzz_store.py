@@ -40,9 +40,7 @@ COMMANDS: dict[str, Callable[[Bot], object]] = {
 def grown(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[tuple[Bot, Path]]:
     """A bot of two cycles that is paused, with its store closed, and a copy of its state."""
     home = tmp_path_factory.mktemp("grown")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("HOLDFAST_FUZZ", raising=False)  # no setting of a bot
-        bot = make_bot(home / "bot", base, training__epochs=1)
+    bot = make_bot(home / "bot", base, training__epochs=1)
     two_promoted(bot)
     operations.pause(bot.store, "ann")
     bot.store.close()
