@@ -23,6 +23,17 @@ pytestmark = pytest.mark.acceptance
 CONFIG = Path("/etc/holdfast/config.toml")
 STATE = "/var/lib/holdfast"
 DATA = "/srv/holdfast"
+# ptrace stops one thread: of a process's threads, the main one has the process's number.
+HOLD_MAIN_THREAD = """
+import ctypes, os, sys
+libc, pid = ctypes.CDLL(None, use_errno=True), int(sys.argv[1])
+SEIZE, INTERRUPT, WALL = 0x4206, 0x4207, 0x40000000
+for request in (SEIZE, INTERRUPT):
+    if libc.ptrace(request, pid, None, None):
+        sys.exit(os.strerror(ctypes.get_errno()))
+while os.WIFSTOPPED(os.waitpid(pid, WALL)[1]):
+    pass
+"""
 DROP_IN = f"[Service]\nWatchdogSec=10\nEnvironment=PYTHONPATH={ROOT}\n"
 if sys.dont_write_bytecode:  # then nobody has compiled the libraries: once is enough
     DROP_IN += "Environment=PYTHONPYCACHEPREFIX=%C/holdfast/python\n"
@@ -83,10 +94,10 @@ class Holdfast:
     def pid(self) -> str:
         return self.show("MainPID")[0]
 
-    def is_started_again_after(self, signal: str) -> None:
-        """Its main process gets the signal, and systemd starts another one that answers."""
+    def is_started_again_after(self, *command: str) -> None:
+        """The command, with the main process as its last word; systemd starts another one that answers."""
         before, restarts = self.pid, int(self.show("NRestarts")[0])
-        self.machine.run("kill", f"-{signal}", before)
+        self.machine.run(*command, before)
         assert eventually(lambda: self.show("NRestarts", "ActiveState") == (str(restarts + 1), "active"))
         assert str(self.status()["daemon"]["pid"]) == self.pid != before
 
@@ -188,13 +199,17 @@ def test_a_cycle_is_published_and_nothing_is_wrong(holdfast: Holdfast) -> None:
 
 
 def test_after_kill_9_it_is_started_again(holdfast: Holdfast) -> None:
-    holdfast.is_started_again_after("KILL")
+    holdfast.is_started_again_after("kill", "-KILL")
     assert "nothing is wrong" in holdfast.cli("audit")
     assert "Failed with result 'signal'" in holdfast.machine.journal("holdfast")
 
 
-def test_a_main_loop_that_hangs_is_noticed_by_the_watchdog_and_started_again(holdfast: Holdfast) -> None:
-    holdfast.is_started_again_after("STOP")
+@pytest.mark.parametrize("command", [("kill", "-STOP"), (sys.executable, "-c", HOLD_MAIN_THREAD)])
+def test_a_main_loop_that_hangs_is_noticed_by_the_watchdog_and_started_again(
+    holdfast: Holdfast, command: tuple[str, ...]
+) -> None:
+    """With all threads, and alone: those that run cycles and answer people do not feed the watchdog."""
+    holdfast.is_started_again_after(*command)
     journal = holdfast.machine.journal("holdfast")
     assert "Watchdog timeout (limit 10s)" in journal
     assert "Failed with result 'watchdog'" in journal
