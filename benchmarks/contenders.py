@@ -89,6 +89,26 @@ _ALL = (
     ),
     Contender(name="replay5+ewc", about="replay and EWC on the factors", strategy=_small("replay", "ewc")),
     Contender(
+        name="replay5-herding",
+        about="replay of the rows that are most typical of their answers",
+        strategy=_small("replay", replay_policy="herding"),
+    ),
+    Contender(
+        name="replay5-thinned",
+        about="replay of questions without a fifth of their tokens, others each time",
+        strategy=_small("replay", replay_dropout=0.2),
+    ),
+    Contender(
+        name="replay5-both",
+        about="replay of the most typical rows without a fifth of their tokens",
+        strategy=_small("replay", replay_policy="herding", replay_dropout=0.2),
+    ),
+    Contender(
+        name="replay5-both+lwf",
+        about="the same with half the default's weight of the champion's opinion",
+        strategy=_small("replay", "lwf", replay_policy="herding", replay_dropout=0.2, lwf_weight=0.25),
+    ),
+    Contender(
         name="replay5-reservoir",
         about="replay from a uniform sample of rows",
         strategy=_small("replay", replay_policy="reservoir"),

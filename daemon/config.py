@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import SettingsError
 
-from daemon.settings import ENV_PREFIX, Settings, TaskOverride, long_form, suggest
+from daemon.learning_settings import long_form
+from daemon.settings import ENV_PREFIX, Settings, TaskOverride, suggest
 from storage.errors import ConfigError
 from storage.reach import absolute, redact
 

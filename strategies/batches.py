@@ -49,6 +49,7 @@ class Example:
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     replayed: bool = False
+    has_context: bool = False
 
     @property
     def length(self) -> int:
@@ -92,6 +93,7 @@ def encode(rows: Sequence[Question], prompter: Prompter, *, replayed: bool = Fal
             prompt_ids=tuple(prompter.prompt_ids(row.question, row.context)),
             answer_ids=tuple(prompter.answer_ids(row.answer)),
             replayed=replayed,
+            has_context=bool(row.context),
         )
         for row in rows
     ]

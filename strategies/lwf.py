@@ -24,8 +24,11 @@ class Lwf(Method):
         self.opinions = {}
         if self.continues:
             epochs = range(strategy.spec.epochs)
-            rows = {row.row_hash: row for epoch in epochs for row in strategy.dataloader.rows(epoch)}
-            self.opinions = distill.opinions(strategy, list(rows.values()), hide_answers=True)
+            drawn = {row.row_hash for epoch in epochs for row in strategy.dataloader.rows(epoch)}
+            # Whole: what is rehearsed may lack some of its words.
+            kept = [*strategy.experience.memory, *strategy.experience.new]
+            rows = [row for row in kept if row.row_hash in drawn]
+            self.opinions = distill.opinions(strategy, rows, hide_answers=True)
 
     def before_backward(self, strategy: Any, **kwargs: Any) -> None:
         terms = [

@@ -5,17 +5,23 @@ rows in proportion to the new rows instead of one for one. Which rows: `strategi
 """
 
 import hashlib
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from strategies import replay_memory, replay_policies
+from strategies import herding, replay_memory, replay_policies
 from strategies.batches import Example, collate, token_losses
 from strategies.contract import StrategySpec
+from strategies.experience import Draw
+from strategies.herding import Features
 from strategies.method import Method, in_batches
 from strategies.replay_memory import Memory, Room, Seen
+from strategies.text import Pieces
 
 
 class Rehearsal(Method):
@@ -27,6 +33,8 @@ class Rehearsal(Method):
         super().__init__(spec, seed)
         self.memory = Memory(seed=seed)
         self.on_offer: dict[str, Example] = {}
+        self.policy = replay_policies.POLICIES[spec.replay_policy]
+        self.features: Features | None = None
 
     def load(self, state: Path) -> None:
         super().load(state)
@@ -41,11 +49,30 @@ class Rehearsal(Method):
         self.memory = self.memory.only(self.on_offer)
         if gone := remembered - len(self.memory):
             self.notes.append(f"{gone} remembered rows are superseded or erased, and were forgotten")
+        if self.policy.ranks:
+            self.features = Features(strategy.model)
+
+    def after_forward(self, strategy: Any, **kwargs: Any) -> None:
+        if self.features:
+            self.features.note(strategy.examples)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """The new rows become past ones."""
-        rows = [seen(example) for example in strategy.experience.new]
-        self.memory = replay_policies.after(self.memory, rows, room(self.spec), self.spec.replay_policy)
+        new, ranks = strategy.experience.new, {}
+        if self.features:
+            self.features.close()
+            ranks = herding.ranks(self.features.found, new, self.spec.replay_size)
+        rows = [seen(example) for example in new]
+        self.memory = replay_policies.after(
+            self.memory, rows, room(self.spec), self.spec.replay_policy, ranks
+        )
+
+    def midway(self) -> dict[str, Tensor]:
+        return dict(self.features.found) if self.features else {}
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.features:
+            self.features.found = dict(tensors)
 
 
 class Replay(Rehearsal):
@@ -56,18 +83,50 @@ class Replay(Rehearsal):
         super().before_training_exp(strategy, **kwargs)
         count = round(self.spec.replay_ratio * len(strategy.experience.new))
         if len(self.memory) and count:
-            memory, draw = self.memory, replay_policies.POLICIES[self.spec.replay_policy].draw
-            offered = self.on_offer
-            strategy.dataloader.also(
-                lambda epoch: [offered[row] for row in draw(memory, count, self.seed, epoch)]
-            )
+            strategy.dataloader.also(self._rehearsals(strategy.base.prompter.pieces, count))
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         super().after_training_exp(strategy, **kwargs)
-        if replay_policies.POLICIES[self.spec.replay_policy].measures:
+        if self.policy.measures:
             examples = self.on_offer | {example.row_hash: example for example in strategy.experience.new}
             losses = row_losses(strategy, [examples[row] for row in self.memory.hashes])
             self.memory = replay_policies.respaced(self.memory.measured(losses))
+
+    def _rehearsals(self, pieces: Pieces, count: int) -> Draw:
+        """Which rows an epoch rehearses, and in which words."""
+        memory, offered, share = self.memory, self.on_offer, self.spec.replay_dropout
+
+        robust = {
+            row for row in memory.hashes if memory.trace(row).is_shared and not offered[row].has_context
+        }
+
+        def draw(epoch: int) -> list[Example]:
+            drawn = enumerate(self.policy.draw(memory, count, self.seed, epoch))
+            return [
+                thinned(offered[row], pieces, share, f"{self.seed}/{epoch}/{n}")
+                if row in robust
+                else offered[row]
+                for n, row in drawn
+            ]
+
+        return draw
+
+
+def thinned(example: Example, pieces: Pieces, share: float, seed: str) -> Example:
+    """Without about that share of its question's tokens: what is rehearsed often is not learned by heart.
+
+    Random deletion (Wei & Zou 2019, "EDA", arXiv 1901.11196) as the augmentation of the memory that Buzzega
+    et al. 2020 ("Rethinking experience replay", arXiv 2010.05595) found to matter. Only for questions whose
+    answer does not hang on each word: `Replay` leaves rows with a context, and rows with an answer of
+    their own, as they are.
+    """
+    start, end = len(pieces.before), len(example.prompt_ids) - len(pieces.between)
+    question = example.prompt_ids[start:end]
+    rng = random.Random(f"{seed}/{example.row_hash}")
+    kept = tuple(token for token in question if rng.random() >= share)
+    return replace(
+        example, prompt_ids=(*example.prompt_ids[:start], *(kept or question), *example.prompt_ids[end:])
+    )
 
 
 def room(spec: StrategySpec) -> Room:

@@ -7,6 +7,7 @@ processes, or in which order, the rows were seen. The choices themselves: `strat
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 from storage.errors import UNREADABLE, IntegrityError
 
 FILE = "replay.json"
-FORMAT = 2
+FORMAT = 3
+_KNOWN = (2, FORMAT)  # 2 knew neither ranks nor what is shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class Trace:
     answer: str = ""  # a key: rows with the same answer have the same
     learned: float | None = None  # loss when the row was learned
     latest: float | None = None  # loss after the last experience
+    is_shared: bool = False  # whether other rows of its task had the same answer
+    rank: int = 0  # among the rows of its answer, the most typical first; all 0 where nobody ranked them
 
     @property
     def rise(self) -> float:
@@ -81,6 +85,9 @@ class Memory:
     def hashes(self) -> list[str]:
         return [row for task in sorted(self.tasks) for row in self.tasks[task]]
 
+    def trace(self, row: str) -> Trace:
+        return next(rows[row] for rows in self.tasks.values() if row in rows)
+
     def __len__(self) -> int:
         return sum(len(rows) for rows in self.tasks.values())
 
@@ -99,11 +106,20 @@ class Memory:
         tasks = {task: dict(kept) for task, kept in self.tasks.items()}
         for row in rows:
             tasks.setdefault(row.task, {}).setdefault(row.hash, Trace(answer=row.answer))
+        tasks = {task: _shared(kept) for task, kept in tasks.items()}
         ordered = {
             task: {row: found[row] for row in sorted(found, key=lambda row: (priority(self.seed, row), row))}
             for task, found in sorted(tasks.items())
         }
         return replace(self, tasks=ordered, seen=self.seen + len(rows))
+
+    def ranked(self, ranks: Mapping[str, int]) -> "Memory":
+        """With the rows' ranks, where they are known."""
+        tasks = {
+            task: {row: replace(trace, rank=ranks.get(row, trace.rank)) for row, trace in rows.items()}
+            for task, rows in self.tasks.items()
+        }
+        return replace(self, tasks=tasks)
 
     def measured(self, losses: Mapping[str, float]) -> "Memory":
         """With the losses (nats per answer token, by row hash) after an experience."""
@@ -119,6 +135,15 @@ class Memory:
             for task, rows in self.tasks.items()
         }
         return replace(self, tasks=tasks)
+
+
+def _shared(rows: Mapping[str, Trace]) -> dict[str, Trace]:
+    """A task's rows, with a mark at those whose answer others have, too. It stays when these are gone."""
+    times = Counter(trace.answer for trace in rows.values())
+    return {
+        row: replace(trace, is_shared=trace.is_shared or times[trace.answer] > 1)
+        for row, trace in rows.items()
+    }
 
 
 def priority(seed: int | str, row: str) -> str:
@@ -140,8 +165,8 @@ def load(state_dir: Path) -> Memory | None:
 
 
 def _read(values: dict[str, Any]) -> Memory:
-    if values["format"] != FORMAT:
-        raise ValueError(f"format {values['format']}, known is {FORMAT}")
+    if values["format"] not in _KNOWN:
+        raise ValueError(f"format {values['format']}, known are {_KNOWN}")
     return Memory(
         seed=int(values["seed"]),
         seen=int(values["seen"]),

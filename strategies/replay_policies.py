@@ -1,7 +1,8 @@
 """How rows are kept in the memory and drawn from it. Pure functions, free of torch.
 
-`balanced` gives every task equal room, and within a task every answer; `reservoir` keeps a uniform sample
-of all rows ever seen; `hardest` and `spaced` keep as `balanced` does, and draw by what was forgotten.
+`balanced` gives every task equal room, and within a task every answer; `herding` does, too, and keeps the
+most typical rows of an answer instead of random ones; `reservoir` keeps a uniform sample of all rows ever
+seen; `hardest` and `spaced` keep as `balanced` does, and draw by what was forgotten.
 """
 
 from bisect import bisect_right
@@ -23,16 +24,22 @@ class Policy:
     keep: Callable[[Tasks, int, int], Tasks]  # tasks, rows, seed → what stays
     draw: Draw
     measures: bool = False  # whether it needs the losses of remembered rows
+    ranks: bool = False  # whether it needs the new rows' ranks, of `strategies.herding`
 
 
-def after(memory: Memory, rows: list[Seen], room: Room, policy: str) -> Memory:
+def after(
+    memory: Memory, rows: list[Seen], room: Room, policy: str, ranks: Mapping[str, int] | None = None
+) -> Memory:
     """The memory after an experience, cut to its room."""
-    grown = memory.with_rows(rows)
+    grown = memory.with_rows(rows).ranked(ranks or {})
     return replace(grown, tasks=POLICIES[policy].keep(grown.tasks, room.of(grown.seen), grown.seed))
 
 
 def balanced(tasks: Tasks, size: int, seed: int) -> Tasks:
-    """Equal room for every task, and in it for every answer; what one leaves free goes to the others."""
+    """Equal room for every task, and in it for every answer; what one leaves free goes to the others.
+
+    Rows of an answer stay by their rank, if they have one, and else by the draw.
+    """
     room = share_out(size, {task: len(rows) for task, rows in sorted(tasks.items())})
     return {task: _equal_answers(rows, room[task], seed) for task, rows in tasks.items() if room[task]}
 
@@ -43,7 +50,11 @@ def _equal_answers(rows: Mapping[str, Trace], size: int, seed: int) -> Mapping[s
         answers.setdefault(trace.answer, []).append(row)
     first = sorted(answers, key=lambda answer: (priority(seed, answer), answer))
     room = share_out(size, {answer: len(answers[answer]) for answer in first})
-    kept = {row for answer, found in answers.items() for row in found[: room[answer]]}
+    kept = {
+        row
+        for answer, found in answers.items()
+        for row in sorted(found, key=lambda row: rows[row].rank)[: room[answer]]
+    }
     return {row: trace for row, trace in rows.items() if row in kept}
 
 
@@ -121,6 +132,7 @@ def respaced(memory: Memory) -> Memory:
 
 POLICIES: dict[str, Policy] = {
     "balanced": Policy(keep=balanced, draw=draw_equally),
+    "herding": Policy(keep=balanced, draw=draw_equally, ranks=True),
     "reservoir": Policy(keep=reservoir, draw=draw_uniformly),
     "hardest": Policy(keep=balanced, draw=draw_hardest, measures=True),
     "spaced": Policy(keep=balanced, draw=draw_due, measures=True),

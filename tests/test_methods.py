@@ -20,6 +20,7 @@ from tests.trainings import SPEC, StopAfter, adapter_bytes, job, lesson, run, sn
 PLAIN = StrategySpec(methods=(), replay_ratio=0.5, replay_size=12, fisher_rows=3)
 SPECS = {name: replace(PLAIN, methods=(name,)) for name in METHODS if name != "der"} | {
     "der": replace(PLAIN, methods=("replay", "der")),
+    "herding": replace(PLAIN, methods=("replay", "lwf"), replay_policy="herding", replay_dropout=0.3),
     "reservoir": replace(PLAIN, methods=("replay",), replay_policy="reservoir"),
     "hardest": replace(PLAIN, methods=("replay",), replay_policy="hardest"),
     "spaced": replace(PLAIN, methods=("replay",), replay_policy="spaced"),

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,8 +16,10 @@ from storage.parquet import SnapshotRow
 from strategies import replay_memory
 from strategies.batches import encode
 from strategies.contract import StrategySpec, result_files
+from strategies.experience import LanguageExperience, Loader
+from strategies.method import Method
 from strategies.model import load_base
-from strategies.replay import seen
+from strategies.replay import Replay, seen, thinned
 from strategies.replay_memory import FILE, Memory, Room, Seen, Spacing, Trace, memory_hashes, priority
 from strategies.replay_policies import (
     FORGOTTEN,
@@ -30,6 +33,7 @@ from strategies.replay_policies import (
     respaced,
     share_out,
 )
+from tests import trainings
 from tests.toys import tiny_model_spec
 from tests.trainings import SPEC, adapter_bytes, job, lesson, run, snapshot
 
@@ -257,6 +261,13 @@ def test_the_first_seed_stays_the_memorys_seed(base: Path, tmp_path: Path) -> No
     assert replay_memory.load(result_files(tmp_path / "two")["state"]) == expected
 
 
+def test_a_memory_without_ranks_is_read_and_was_kept_by_the_draw(tmp_path: Path) -> None:
+    trace = '{"answer": "x", "learned": null, "latest": null}'
+    text = f'{{"format": 2, "seed": 0, "seen": 1, "tasks": {{"a": {{"h": {trace}}}}}, "spacing": {{}}}}'
+    (tmp_path / FILE).write_text(text)
+    assert replay_memory.load(tmp_path) == Memory(seed=0, seen=1, tasks={"a": {"h": Trace(answer="x")}})
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 1, "seed": 0, "tasks": {}}', '{"format": 2}'])
 def test_a_damaged_memory_is_an_integrity_error(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)
@@ -320,6 +331,66 @@ def test_the_report_names_the_remembered_rows_that_were_rehearsed(base: Path, tm
         assert report.rehearsed == tuple(sorted(drawn))
         assert len(drawn) == 4 * report.epochs
         assert report.stopped_early == bool(patience)
+
+
+def test_thinned_questions_lack_some_tokens_and_nothing_else(base: Path) -> None:
+    prompter = load_base(tiny_model_spec(base)).prompter
+    before, between = len(prompter.pieces.before), len(prompter.pieces.between)
+    row = replace(encode(lesson("a", 1), prompter)[0], replayed=True)
+    long = replace(row, prompt_ids=(*row.prompt_ids[:before], *range(100, 600), *row.prompt_ids[-between:]))
+    found = [thinned(long, prompter.pieces, 0.2, f"{n}") for n in range(20)]
+    for one in found:
+        ids = one.prompt_ids
+        assert replace(one, prompt_ids=long.prompt_ids) == long
+        assert ids[:before] + ids[-between:] == long.prompt_ids[:before] + long.prompt_ids[-between:]
+        question = ids[before:-between]
+        assert list(question) == sorted(question), "in their order"
+        assert 360 <= len(question) <= 440  # of 500; 4.5 sigma
+    assert len({one.prompt_ids for one in found}) == 20
+    assert thinned(long, prompter.pieces, 0.2, "0") == found[0]
+    assert thinned(row, prompter.pieces, 0.999, "0") == row, "an empty question asks nothing"
+
+
+class Watch(Method):
+    """Keeps hold of the loader, which Avalanche lets go in the end."""
+
+    loader: Loader
+
+    def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        self.loader = strategy.dataloader
+
+
+def test_only_rows_whose_answer_is_shared_and_that_have_no_context_are_thinned(
+    base: Path, tmp_path: Path
+) -> None:
+    shared = lesson("a", 8)  # four answers, twice each
+    own = [replace(row, hash=f"own{n}", answer=f"{n}") for n, row in enumerate(lesson("b", 4))]
+    placed = [replace(row, hash=f"in{n}", context="in red") for n, row in enumerate(lesson("c", 8))]
+    replay = Replay(replace(REPLAY, replay_size=100, replay_ratio=5, replay_dropout=0.5), seed=0)
+    watch = Watch(REPLAY, seed=0)
+    learner = trainings.learner(base, tmp_path, [replay, watch])
+    memory = encode([*shared, *own, *placed], learner.base.prompter, replayed=True)
+    replay.memory = remember([seen(row) for row in memory], size=100)
+    new = encode(lesson("d", 8), learner.base.prompter)
+    learner.train(LanguageExperience(new=new, memory=memory), eval_streams=[])
+
+    whole = {row.row_hash: row for row in [*memory, *new]}
+    drawn = [row for epoch in range(2) for row in watch.loader.rows(epoch)]
+    assert {row.row_hash for row in drawn} == set(whole)
+    changed = {row.row_hash for row in drawn if row != whole[row.row_hash]}
+    assert changed == {row.hash for row in shared}
+    assert watch.loader.rows(0) == watch.loader.rows(0)
+
+
+def test_that_an_answer_is_shared_is_remembered_when_the_others_are_gone() -> None:
+    memory = remember(rows("a", 1, "x"), rows("a", 1, "y"), size=9)
+    assert not any(trace.is_shared for trace in memory.tasks["a"].values())
+    memory = after(memory, [Seen(hash="late", task="a", answer="x")], Room(rows=9), "balanced")
+    assert [memory.trace(row).is_shared for row in ("ax0000", "late", "ay0000")] == [True, True, False]
+    fewer = after(memory, [], Room(rows=2), "balanced")
+    assert sorted(trace.is_shared for trace in fewer.tasks["a"].values()) == [False, True]
+    elsewhere = after(fewer, rows("b", 1, "y"), Room(rows=9), "balanced")
+    assert not elsewhere.trace("by0000").is_shared
 
 
 def test_rows_that_were_erased_are_forgotten_and_that_is_said(base: Path, tmp_path: Path) -> None:
