@@ -31,9 +31,21 @@ class Contender:
         )
 
 
+# Random rows, word for word, and what was the default weight of the champion's opinion: written out, so that
+# another default does not spoil their records.
+_PLAIN = {"replay_policy": "balanced", "replay_dropout": 0.0}
+_LWF = {"lwf_weight": 0.5}
+
+
 def _small(*methods: str, **changes: Any) -> dict[str, Any]:
     """With a memory of 5 % of the rows seen."""
-    return {"methods": methods, "replay_share": 0.05, **changes}
+    return {
+        "methods": methods,
+        "replay_share": 0.05,
+        **_PLAIN,
+        **(_LWF if "lwf" in methods else {}),
+        **changes,
+    }
 
 
 _ALL = (
@@ -44,7 +56,7 @@ _ALL = (
     Contender(
         name="replay",
         about="half as many remembered rows as new ones in every epoch, at most 1000 kept",
-        strategy={"methods": ("replay",)},
+        strategy={"methods": ("replay",), **_PLAIN},
     ),
     Contender(
         name="replay5",
@@ -105,7 +117,7 @@ _ALL = (
     ),
     Contender(
         name="replay5-both+lwf",
-        about="the same with half the default's weight of the champion's opinion",
+        about="the same with the champion's opinion of all rows, at a weight of 0.25: the default",
         strategy=_small("replay", "lwf", replay_policy="herding", replay_dropout=0.2, lwf_weight=0.25),
     ),
     Contender(
@@ -124,7 +136,9 @@ _ALL = (
         strategy=_small("replay", replay_policy="spaced"),
     ),
     Contender(name="agem5", about="A-GEM", strategy=_small("agem")),
-    Contender(name="lwf", about="distillation from the champion on new rows", strategy={"methods": ("lwf",)}),
+    Contender(
+        name="lwf", about="distillation from the champion on new rows", strategy={"methods": ("lwf",), **_LWF}
+    ),
     Contender(name="ewc", about="EWC on the LoRA factors", strategy={"methods": ("ewc",)}),
     Contender(
         name="ewc-lora", about="EWC on their product, in weight space", strategy={"methods": ("ewc-lora",)}

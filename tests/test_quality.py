@@ -352,6 +352,15 @@ def test_time_is_relative_to_naive_of_the_same_seed() -> None:
     assert entry.time.mean == 2.0
 
 
+def test_times_of_other_conditions_are_not_compared() -> None:
+    found = [told("naive", 0, 100), told("ewc", 0, 200), told("si", 0, 300), told("lwf", 0, 400)]
+    found[2] = replace(found[2], date="2026-01-02")
+    found[3] = replace(found[3], clock="2026-01-01, a busy evening")
+    (board,) = boards(found)
+    times = {entry.name: entry.time and entry.time.mean for entry in board.measured}
+    assert times == {"naive": 1.0, "ewc": 2.0, "si": None, "lwf": None}
+
+
 def test_nobody_is_compared_over_other_seeds() -> None:
     found = boards(
         [

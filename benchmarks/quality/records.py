@@ -46,11 +46,17 @@ class RunRecord(Record):
     settings: dict[str, Any] = field(default_factory=dict)  # the specs in full
     hardware: str = ""
     date: str = ""
+    clock: str = ""  # written in by hand where a day's machine, load or code changed, see `timed_by`
     failed: str = ""
 
     @property
     def cpu_seconds(self) -> float:
         return sum(lesson.cpu_seconds for lesson in self.lessons)
+
+    @property
+    def timed_by(self) -> str:
+        """Times are compared between records for which this is the same: those of one day, unless said."""
+        return self.clock or self.date
 
     @property
     def memory_share(self) -> float:

@@ -48,11 +48,13 @@ class Entry:
 
     @property
     def time(self) -> Stat | None:
-        """CPU seconds of training, times naive's of the same seed."""
+        """CPU seconds of training, times naive's of the same seed, where both were timed alike."""
 
         def ratio(run: RunRecord) -> float | None:
             naive = self.naive.get(run.plan.seed)
-            return run.cpu_seconds / naive.cpu_seconds if naive and naive.cpu_seconds else None
+            if naive is None or not naive.cpu_seconds or naive.timed_by != run.timed_by:
+                return None
+            return run.cpu_seconds / naive.cpu_seconds
 
         return self._stat(ratio)
 
