@@ -295,6 +295,7 @@ def test_a_page_is_made_from_records_alone(tmp_path: Path) -> None:
         told("joint", 0.9, 90, seed=1),
         told("replay", 0.98, 140, memory=10),
         told("replay5+ewc", 0.9, 200, memory=100),
+        *(told("si", 0.6, 100, seed=seed) for seed in (0, 1)),
         replace(
             told("ewc", 0.0, 0), lessons=(), metrics={}, matrix=(), failed="ValueError: no | such\nthing"
         ),
@@ -367,10 +368,15 @@ def test_nobody_is_compared_over_other_seeds() -> None:
             *(told(name, 0.5, 100, seed=seed) for name in ("naive", "joint", "ewc") for seed in (0, 1)),
             told("joint", 0.5, 100, seed=2),
             told("si", 0.5, 100, seed=1),
+            *(told("lwf", 0.5, 100, seed=seed) for seed in (1, 2)),
         ]
     )
     seen = [(board.seeds, [entry.name for entry in board.entries]) for board in found]
-    assert seen == [((1,), ["naive", "joint", "ewc", "si"]), ((0, 1), ["naive", "joint", "ewc"])]
+    assert seen == [
+        ((1,), ["naive", "joint", "lwf", "ewc", "si"]),
+        ((0, 1), ["naive", "joint", "ewc"]),
+        ((1, 2), ["joint", "lwf"]),
+    ]
 
 
 def test_a_cost_that_grows_has_a_slope_and_the_first_experience_does_not_count() -> None:

@@ -112,8 +112,8 @@ class MixedRecords(HoldfastError):
 
 
 def boards(records: Iterable[RunRecord]) -> list[Board]:
-    """For each stream and order everybody on the seeds that all have run, then those with more seeds on
-    theirs: seeds differ by more than methods do, so nobody is compared over other ones.
+    """One for each stream, order and set of seeds that somebody has run: seeds differ by more than methods
+    do, so nobody is compared over other ones.
 
     Raises `MixedRecords`.
     """
@@ -130,18 +130,19 @@ def boards(records: Iterable[RunRecord]) -> list[Board]:
 
 
 def _layers(found: Sequence[RunRecord]) -> Iterator[tuple[tuple[int, ...], list[RunRecord]]]:
-    ran: dict[str, set[int]] = {}
+    """For each set of seeds that a contender has run: all who have run them. Failures go to the first."""
+    ran: dict[str, frozenset[int]] = {}
     for record in found:
         if not record.failed:
-            ran.setdefault(record.plan.contender, set()).add(record.plan.seed)
-    shared = set.intersection(*ran.values()) if ran else set()
-    if not shared:
-        yield tuple(sorted(set().union(*ran.values()))), list(found)
-        return
-    yield tuple(sorted(shared)), [r for r in found if r.plan.seed in shared or r.failed]
-    more = {name: seeds for name, seeds in ran.items() if seeds > shared}
-    if len(more) > 1 and set.intersection(*more.values()) > shared:
-        yield from _layers([r for r in found if r.plan.contender in more and not r.failed])
+            ran[record.plan.contender] = ran.get(record.plan.contender, frozenset()) | {record.plan.seed}
+    rivals = {seeds for name, seeds in ran.items() if name not in (NAIVE, JOINT)}
+    failed = [record for record in found if record.failed]
+    for seeds in sorted(
+        rivals or {*ran.values()} or {frozenset[int]()}, key=lambda seeds: (len(seeds), *seeds)
+    ):
+        shown = [r for r in found if not r.failed and r.plan.seed in seeds and seeds <= ran[r.plan.contender]]
+        yield tuple(sorted(seeds)), [*shown, *failed]
+        failed = []
 
 
 def _check_alike(found: Sequence[RunRecord]) -> None:
