@@ -111,13 +111,18 @@ _ALL = (
         strategy=_small("replay", replay_dropout=0.2),
     ),
     Contender(
+        name="replay5-thinned+lwf",
+        about="the same with the champion's opinion of all rows: the default",
+        strategy=_small("replay", "lwf", replay_dropout=0.2),
+    ),
+    Contender(
         name="replay5-both",
         about="replay of the most typical rows without a fifth of their tokens",
         strategy=_small("replay", replay_policy="herding", replay_dropout=0.2),
     ),
     Contender(
         name="replay5-both+lwf",
-        about="the same with the champion's opinion of all rows, at a weight of 0.25: the default",
+        about="the same with the champion's opinion of all rows, at a weight of 0.25",
         strategy=_small("replay", "lwf", replay_policy="herding", replay_dropout=0.2, lwf_weight=0.25),
     ),
     Contender(

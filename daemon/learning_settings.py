@@ -119,10 +119,10 @@ class StrategySettings(Section):
         le=10,
         description="Replayed rows for each new row, in every epoch. Costs as much time.",
     )
-    replay_policy: Literal["herding", "balanced", "reservoir", "hardest", "spaced"] = Field(
-        "herding",
-        description="herding: equal room for every task and answer, for the most typical rows. balanced: the "
-        "same, for random ones. reservoir: a uniform sample of rows. "
+    replay_policy: Literal["balanced", "herding", "reservoir", "hardest", "spaced"] = Field(
+        "balanced",
+        description="balanced: equal room for every task and answer. herding: the same, for the most typical "
+        "rows. reservoir: a uniform sample of rows. "
         "hardest: half is what was forgotten most. spaced: what is retained rests longer.",
     )
     replay_dropout: float = Field(

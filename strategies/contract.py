@@ -125,10 +125,10 @@ class StrategySpec(Record):
     replay_size: int = 1000  # rows kept over all past tasks, at most
     replay_share: float = 1.0  # and at most this share of all rows seen so far
     replay_ratio: float = 0.5  # replayed rows for each new row, in every epoch
-    replay_policy: str = "herding"  # herding | balanced | reservoir | hardest | spaced
+    replay_policy: str = "balanced"  # balanced | herding | reservoir | hardest | spaced
     replay_dropout: float = 0.2  # share of a rehearsed question's tokens that are left out, others each time
     der_weight: float = 0.5
-    lwf_weight: float = 0.25
+    lwf_weight: float = 0.5
     merge_weight: float = 0.7  # 1: the trained adapter, 0: the champion
     olora_lambda: float = 0.5
     si_lambda: float = 1.0  # price of losing all that was learned, in nats times two; EWC's means the same

@@ -175,7 +175,7 @@ def test_all_methods_of_a_combination_are_turned_up_at_once() -> None:
     spec = StrategySpec(methods=("replay", "der", "lwf", "ewc", "merge"))
     assert complaint(spec.methods) is None
     assert strengthened(spec) == replace(
-        spec, replay_ratio=1.0, der_weight=1.0, lwf_weight=0.5, ewc_lambda=4.0, merge_weight=0.35
+        spec, replay_ratio=1.0, der_weight=1.0, lwf_weight=1.0, ewc_lambda=4.0, merge_weight=0.35
     )
 
 

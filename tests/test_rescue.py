@@ -184,7 +184,7 @@ def test_what_nothing_helps_is_rejected_with_every_attempt_on_record(rescued: Bo
     protect, last = rescued.store.candidates(cycle.id)[2:]
     assert protect.strategy is not None
     assert StrategySpec.from_json(protect.strategy).replay_ratio == 0.5
-    assert protect.change == "replay_ratio 0.25 → 0.5, lwf_weight 0.25 → 0.5"
+    assert protect.change == "replay_ratio 0.25 → 0.5, lwf_weight 0.5 → 1.0"
     assert (protect.source, last.source) == (1, 3)
     assert len({c.model for c in rescued.store.candidates(cycle.id)}) == 4
     assert rescued.registry.alias("champion") == 1
