@@ -357,9 +357,14 @@ def test_times_of_other_conditions_are_not_compared() -> None:
     found = [told("naive", 0, 100), told("ewc", 0, 200), told("si", 0, 300), told("lwf", 0, 400)]
     found[2] = replace(found[2], date="2026-01-02")
     found[3] = replace(found[3], clock="2026-01-01, a busy evening")
-    (board,) = boards(found)
-    times = {entry.name: entry.time and entry.time.mean for entry in board.measured}
-    assert times == {"naive": 1.0, "ewc": 2.0, "si": None, "lwf": None}
+
+    def times() -> dict[str, float | None]:
+        (board,) = boards(found)
+        return {entry.name: entry.time and entry.time.mean for entry in board.measured}
+
+    assert times() == {"naive": 1.0, "ewc": 2.0, "si": None, "lwf": None}
+    found[0] = replace(found[0], timed_again={"2026-01-02": 200})
+    assert times() == {"naive": 1.0, "ewc": 2.0, "si": 1.5, "lwf": None}, "naive was timed on both days"
 
 
 def test_nobody_is_compared_over_other_seeds() -> None:

@@ -47,6 +47,7 @@ class RunRecord(Record):
     hardware: str = ""
     date: str = ""
     clock: str = ""  # written in by hand where a day's machine, load or code changed, see `timed_by`
+    timed_again: dict[str, float] = field(default_factory=dict)  # by hand: CPU seconds under other clocks
     failed: str = ""
 
     @property
@@ -57,6 +58,10 @@ class RunRecord(Record):
     def timed_by(self) -> str:
         """Times are compared between records for which this is the same: those of one day, unless said."""
         return self.clock or self.date
+
+    def seconds_by(self, clock: str) -> float | None:
+        """CPU seconds of training under these conditions, if this run was ever timed under them."""
+        return self.cpu_seconds if clock == self.timed_by else self.timed_again.get(clock)
 
     @property
     def memory_share(self) -> float:

@@ -52,9 +52,8 @@ class Entry:
 
         def ratio(run: RunRecord) -> float | None:
             naive = self.naive.get(run.plan.seed)
-            if naive is None or not naive.cpu_seconds or naive.timed_by != run.timed_by:
-                return None
-            return run.cpu_seconds / naive.cpu_seconds
+            seconds = naive.seconds_by(run.timed_by) if naive is not None else None
+            return run.cpu_seconds / seconds if seconds else None
 
         return self._stat(ratio)
 
