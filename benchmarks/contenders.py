@@ -22,6 +22,7 @@ class Contender:
     lora: Mapping[str, Any] = field(default_factory=dict)
     joint: bool = False  # learns everything at once, from the base: the upper bound
     stock: str = ""  # "peft" or "avalanche": not Holdfast, see benchmarks/stock_*.py
+    trial: bool = False  # tried while the defaults were looked for: runs when it is asked for by name
 
     def specs(self, train: TrainSpec, lora: LoraSpec) -> tuple[StrategySpec, TrainSpec, LoraSpec]:
         return (
@@ -76,23 +77,27 @@ _ALL = (
         about="the same with a learning rate half as high again, and 0.4 remembered rows for a new one",
         strategy=_small("replay", "lwf", replay_ratio=0.4),
         train={"learning_rate": 7.5e-4},
+        trial=True,
     ),
     Contender(
         name="replay5+lwf-fastest",
         about="the same with twice the learning rate, and 0.35 remembered rows for a new one",
         strategy=_small("replay", "lwf", replay_ratio=0.35),
         train={"learning_rate": 1e-3},
+        trial=True,
     ),
     Contender(
         name="replay5+lwf-firm",
         about="the same with a weight of 0.75",
         strategy=_small("replay", "lwf", replay_ratio=0.35, lwf_weight=0.75),
         train={"learning_rate": 1e-3},
+        trial=True,
     ),
     Contender(
         name="replay5+der+lwf",
         about="both opinions, the champion's with a weight of 0.25, and 0.35 remembered rows for a new one",
         strategy=_small("replay", "der", "lwf", lwf_weight=0.25, replay_ratio=0.35),
+        trial=True,
     ),
     Contender(
         name="replay5+merge",
@@ -119,11 +124,13 @@ _ALL = (
         name="replay5-both",
         about="replay of the most typical rows without a fifth of their tokens",
         strategy=_small("replay", replay_policy="herding", replay_dropout=0.2),
+        trial=True,
     ),
     Contender(
         name="replay5-both+lwf",
         about="the same with the champion's opinion of all rows, at a weight of 0.25",
         strategy=_small("replay", "lwf", replay_policy="herding", replay_dropout=0.2, lwf_weight=0.25),
+        trial=True,
     ),
     Contender(
         name="replay5-reservoir",
