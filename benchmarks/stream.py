@@ -320,11 +320,21 @@ def share_base(prepared: Bot) -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """The machine, in words, for tables of measurements."""
-    model = ""
+    """The machine and its arithmetic, in words, for tables of measurements."""
+    import torch
+
+    from strategies.model import uses_bfloat16
+
+    if torch.cuda.is_available():
+        machine, device = torch.cuda.get_device_name(), torch.device("cuda")
+    else:
+        machine, device = f"{len(os.sched_getaffinity(0))} cores of {_processor()}", torch.device("cpu")
+    return f"{machine} in {'bfloat16' if uses_bfloat16('auto', device) else 'float32'}"
+
+
+def _processor() -> str:
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        model = found[1] if found else ""
     except OSError:
-        pass
-    return f"{len(os.sched_getaffinity(0))} cores of {model or 'an unnamed CPU'}"
+        found = None
+    return found[1] if found else "an unnamed CPU"

@@ -75,7 +75,7 @@ def _how(runs: Sequence[RunRecord]) -> str:
         f"{sizes['domains']} experiences of at most {sizes['rows']} training rows, "
         f"{training['epochs']} epochs, batches of {training['batch_size']}, "
         f"{sizes['suite']} suite rows a task; base `{plan.base}`; "
-        f"measured {when} on {', '.join(sorted({run.hardware for run in runs}))}, one thread a run.\n\n"
+        f"measured {when} on {' and '.join(sorted({run.hardware for run in runs}))}, one thread a run.\n\n"
         f"```\npython -m benchmarks.quality --size {plan.size} --streams {plan.stream} --orders {plan.order}"
         f"{data.get(plan.stream, '')}\n```"
     )
