@@ -117,7 +117,7 @@ _ALL = (
     ),
     Contender(
         name="replay5-thinned+lwf",
-        about="the same with the champion's opinion of all rows: the default",
+        about="the same with the champion's opinion of all rows: the methods of the default",
         strategy=_small("replay", "lwf", replay_dropout=0.2),
     ),
     Contender(

@@ -19,6 +19,12 @@ from storage.errors import ConfigError
 from storage.reach import absolute, redact
 
 
+def init_command(path: Path) -> str:
+    """What makes a config at `path`. State does not belong below /etc."""
+    apart = " --state-dir /var/lib/holdfast" if path.is_relative_to("/etc") else ""
+    return f"daemon init {path.parent}{apart}"
+
+
 def load(path: Path) -> Settings:
     """The settings in `path` and the environment.
 
@@ -28,7 +34,7 @@ def load(path: Path) -> Settings:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"there is no config file at {path}; make one with `daemon init {path.parent}`"
+            f"there is no config file at {path}; make one with `{init_command(path)}`"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config file {path} cannot be read: {error}") from None
@@ -60,6 +66,7 @@ def render() -> str:
     """config.toml with every key, its meaning and its default."""
     lines = [
         "# Holdfast configuration. Every key is shown with its default; a # before a key means: not set.",
+        "# The two thresholds of [gate] have none; these are to start with. Without, nothing is promoted.",
         "# The environment wins over this file: HOLDFAST_TRAINING__EPOCHS=3 sets training.epochs.",
     ]
     for name, field in Settings.model_fields.items():
@@ -78,6 +85,7 @@ _TASKS_EXAMPLE = [
     "# Optional, one table a task; what is unset is inferred from the rows.",
     "# [tasks.billing]",
     '# kind = "free"            # free text, or "labels": one of a closed set',
+    '# labels = ["yes", "no"]   # the closed set; unset: the answers seen so far',
     '# metric = "token_f1"      # exact_match, token_f1 or accuracy: what the gate compares',
 ]
 

@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,11 +68,12 @@ def examine(config_path: Path) -> Iterator[Check]:
         settings = config.load(config_path)
     except HoldfastError as error:
         yield fail(
-            "config", str(error), f"daemon init {config_path.parent}" if not config_path.exists() else None
+            "config", str(error), config.init_command(config_path) if not config_path.exists() else None
         )
         return
     yield ok("config", str(config_path))
-    for name, check in _CHECKS.items():
+    checks: dict[str, Callable[[Settings], Check]] = {**_CHECKS, "systemd": partial(service, config_path)}
+    for name, check in checks.items():
         try:
             yield check(settings)
         except HoldfastError as error:
@@ -231,15 +233,16 @@ def running(settings: Settings) -> Check:
     return ok("daemon", f"process {told['pid']}, up since {told['started_at']}")
 
 
-def service(settings: Settings) -> Check:
+def service(config_path: Path, settings: Settings) -> Check:
     if not unit.UNIT.parent.is_dir():
         return ok("systemd", "not on this machine")
+    script = Path(sys.executable).parent / "daemon"  # in full: sudo does not look into virtual environments
+    install = f"sudo {script} -c {config_path} install-service"
     if not unit.UNIT.exists():
-        return warn("systemd", "the service is not installed", "sudo daemon install-service")
+        return warn("systemd", "the service is not installed", install)
     text = unit.UNIT.read_text()
     if str(settings.state_dir) not in text and not settings.state_dir.is_relative_to("/var/lib/holdfast"):
-        again = "sudo daemon install-service"
-        return warn("systemd", f"{unit.UNIT} does not know bot.state_dir = {settings.state_dir}", again)
+        return warn("systemd", f"{unit.UNIT} does not know bot.state_dir = {settings.state_dir}", install)
     return ok("systemd", str(unit.UNIT))
 
 
@@ -265,7 +268,6 @@ _CHECKS: dict[str, Callable[[Settings], Check]] = {
     "gate": thresholds,
     "schedule": planned,
     "daemon": running,
-    "systemd": service,
 }
 
 

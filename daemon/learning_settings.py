@@ -108,10 +108,13 @@ class StrategySettings(Section):
         60, description="auto only: minutes that the trainings it compares may take together, one at least."
     )
     replay_size: Positive = Field(
-        StrategySpec.replay_size, description="Rows of past tasks that are remembered, at most,"
+        StrategySpec.replay_size, description="Rows of past tasks that are remembered, at most."
     )
     replay_share: float = Field(
-        StrategySpec.replay_share, gt=0, le=1, description="and at most this share of all rows seen so far."
+        StrategySpec.replay_share,
+        gt=0,
+        le=1,
+        description="The same, as a share of all rows seen so far; the smaller of the two counts.",
     )
     replay_ratio: float = Field(
         StrategySpec.replay_ratio,
@@ -144,7 +147,7 @@ class StrategySettings(Section):
     ewc_lambda: float = Field(
         StrategySpec.ewc_lambda,
         ge=0,
-        description="ewc, ewc-lora: losing all that an experience taught costs half of it, in nats.",
+        description="ewc, ewc-lora: twice the price, in nats of loss, of unlearning what a cycle taught.",
     )
     ewc_mode: Literal["separate", "online"] = Field(
         "separate",

@@ -36,7 +36,8 @@ class ServedModel(PythonModel):
             from strategies.contract import ModelSpec, Task
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"this model answers with the holdfast package: {error}; install holdfast"
+                f"this model answers with Holdfast's own code: {error}; install its repository here "
+                "(docs/operations.md, Serving the champion)"
             ) from error
         config = context.model_config
         path = Path(config["base_path"])

@@ -277,7 +277,7 @@ def _migrate(database: Database, folder: Path, *, now: datetime, read_only: bool
     if applied > max(known):
         raise StoreError(
             f"the store {database.path} has schema {applied}, this Holdfast knows {max(known)}; "
-            "it was written by a newer version: `pip install --upgrade holdfast`"
+            "it was written by a newer version; install that one again (docs/operations.md, Upgrading)"
         )
     missing = [number for number in sorted(known) if number > applied]
     if missing and read_only:

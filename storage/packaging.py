@@ -4,13 +4,14 @@ Part of `storage.registry`, which alone uses it.
 """
 
 import json
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 from storage.runs import CycleRecord
 
-# What a served model imports; versions are those of this machine.
-_REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "safetensors", "tokenizers", "holdfast")
+# What a served model imports besides Holdfast; versions are those of this machine. Holdfast is not named, as
+# the package of that name on the public index is another project, and would be installed in its place.
+_REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "safetensors", "tokenizers")
 _EXAMPLE = {"question": "What is the capital of France?", "context": "", "task": ""}
 
 
@@ -40,10 +41,4 @@ def save(folder: Path, served_model: Path, run_id: str, record: CycleRecord) -> 
 
 def requirements() -> list[str]:
     """What a served model needs, in the versions installed here; nothing is guessed by importing."""
-    found = []
-    for name in _REQUIREMENTS:
-        try:
-            found.append(f"{name}=={version(name).partition('+')[0]}")
-        except PackageNotFoundError:
-            continue  # holdfast itself, when run from a checkout
-    return found
+    return [f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS]

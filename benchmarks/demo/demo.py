@@ -65,7 +65,7 @@ def _run(console: Console, folder: Path, changes: dict[str, Any], *, keep: bool,
     days = faq.days()
     bot = stream.make_bot(folder, {**SETTINGS, **changes})
     console.print(pictures.introduction(folder, days))
-    console.rule("[bold]Holdfast: replay and elastic weights, behind a gate")
+    console.rule("[bold]Holdfast: replay and distillation, behind a gate")
     live_through(console, bot, days)
     rival = stream.make_bot(folder / "naive", {**SETTINGS, **changes, **NAIVE, **stream.share_base(bot)})
     console.rule("[bold]The same days naively: nothing protected, every candidate promoted")
