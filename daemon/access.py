@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from daemon import config, statedir
 from daemon.control import Client, account
 from daemon.settings import Settings
-from storage.errors import ConfigError, ControlError, DaemonNotRunning, RegistryError
+from storage.errors import ConfigError, ControlError, DaemonNotRunning, HoldfastError
 
 if TYPE_CHECKING:
     from storage.store import Store
@@ -36,7 +36,7 @@ def config_path(given: Path | None, *, must_exist: bool = True) -> Path:
     if said is not None:
         return said.absolute()
     for path in (HERE, SYSTEM):
-        if _may_exist(path):
+        if may_exist(path):
             return path.absolute()
     if must_exist:
         raise ConfigError(
@@ -46,7 +46,7 @@ def config_path(given: Path | None, *, must_exist: bool = True) -> Path:
     return HERE.absolute()
 
 
-def _may_exist(path: Path) -> bool:
+def may_exist(path: Path) -> bool:
     try:
         return path.exists()
     except PermissionError:  # reading it will say so
@@ -56,12 +56,12 @@ def _may_exist(path: Path) -> bool:
 def make_bot(directory: Path, state_dir: Path | None) -> tuple[Path, Settings]:
     """A commented config.toml in `directory` and the state directory it names. Overwrites nothing."""
     path = directory / "config.toml"
-    if path.exists():
-        raise ConfigError(f"{path} exists already; edit it, or choose another directory")
     text = config.render()
     if state_dir is not None:
         text = text.replace('state_dir = "state"', f"state_dir = {json.dumps(str(state_dir.absolute()))}", 1)
     try:
+        if path.exists():
+            raise ConfigError(f"{path} exists already; edit it, or choose another directory")
         directory.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -265,7 +265,7 @@ def erase(settings: Settings, why: str, which: dict[str, Any], *, dry_run: bool)
     """Erases the rows that are meant, or says what that would do."""
 
     def direct() -> dict[str, Any]:
-        from daemon import erasure, operations, promote
+        from daemon import erasure, operations
 
         if dry_run:
             with reading(settings) as store:
@@ -276,8 +276,7 @@ def erase(settings: Settings, why: str, which: dict[str, Any], *, dry_run: bool)
             registry = operations.open_registry(settings, store)
             try:
                 erasure.finish(settings, store, registry)
-                promote.repair_alias(store, registry)
-            except RegistryError:  # what serves is settled; MLflow's files are for the daemon, later
+            except (HoldfastError, OSError):  # what serves is settled; the daemon does the rest later
                 return {"erasure": begun, "done": False}
         return {"erasure": begun, "done": True}
 

@@ -196,6 +196,8 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key{suggest(str(problem['loc'][-1]), _siblings(problem['loc']))}"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if not key:  # two settings that contradict one another
+        return str(message)
     if variable in os.environ:
         key = variable  # text is all right there, so no word about types
     elif problem["type"] == "model_type":

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from daemon import config, schedule, statedir, unit
+from daemon.access import may_exist
 from daemon.control import Client, account
 from daemon.settings import Settings
 from storage.errors import DaemonNotRunning, HoldfastError, SourceBusy
@@ -67,9 +68,7 @@ def examine(config_path: Path) -> Iterator[Check]:
     try:
         settings = config.load(config_path)
     except HoldfastError as error:
-        yield fail(
-            "config", str(error), config.init_command(config_path) if not config_path.exists() else None
-        )
+        yield fail("config", str(error), None if may_exist(config_path) else config.init_command(config_path))
         return
     yield ok("config", str(config_path))
     checks: dict[str, Callable[[Settings], Check]] = {**_CHECKS, "systemd": partial(service, config_path)}

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from daemon import promote
 from daemon.settings import Settings
 from storage.errors import ControlError
 from storage.records import Choice, Erasure, Rejected, State, StoredRow
@@ -143,6 +144,7 @@ def finish(settings: Settings, store: Store, registry: Registry) -> None:
         store.prune([(path, why) for path in dict.fromkeys(paths) if path not in known])
     for folder in [*snapshots, *_files_with(settings, store, cycles)]:
         shutil.rmtree(folder)
+    promote.repair_alias(store, registry)  # first: no alias may point to a version without files
     registry.erase(erased, cycles, {"holdfast.erased": why})
     for path, told in store.pruned().items():
         if path.startswith(MLFLOW) and int(path.split("/")[1]) in models.values() and not told.done:

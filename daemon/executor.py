@@ -212,7 +212,10 @@ class _Worker:
             return None
         if line is None:
             raise WorkerError(f"the worker ended without a result ({self._ending()})")
-        return dict(json.loads(line))
+        try:
+            return dict(json.loads(line))
+        except ValueError:
+            raise WorkerError(f"the worker ended in the middle of a message ({self._ending()})") from None
 
     def stop(self) -> None:
         """SIGTERM, so that a checkpoint is written; SIGKILL when that takes too long."""

@@ -122,8 +122,8 @@ def settle_tasks(store: Store, settings: Settings, cycle_id: int) -> dict[str, T
 
 def _settle(store: Store, settings: Settings, name: str, known: TaskRecord | None) -> TaskRecord:
     wish = settings.tasks.get(name)
-    if wish and wish.kind:
-        kind = TaskKind(wish.kind)
+    if wish and wish.wanted_kind:
+        kind = TaskKind(wish.wanted_kind)
     else:
         was_labels = known is not None and known.origin == "inferred" and known.kind == TaskKind.LABELS
         kind = infer_kind(*store.answer_shape(name), was_labels=was_labels)
@@ -137,7 +137,7 @@ def _settle(store: Store, settings: Settings, name: str, known: TaskRecord | Non
         name=name,
         kind=kind.value,
         metric=metric.value,
-        origin="config" if wish and wish.kind else "inferred",
+        origin="config" if wish and wish.wanted_kind else "inferred",
         labels=labels,
         created_at=known.created_at if known else store.clock(),
     )

@@ -181,6 +181,8 @@ class Flight:
         """Tries until the cycle has ended or the daemon stops."""
         tries = 0
         while not self._closing:
+            with self._turn:
+                self._retry_now = False  # before the try: what is asked for meanwhile is not lost
             try:
                 self._make_runner().run(cycle_id, self._stop)
                 return
@@ -203,7 +205,6 @@ class Flight:
         until = self.store.clock() + timedelta(seconds=seconds)
         log.warning("%s; next try in %.0f s", reason, seconds, extra={"action": "waiting", "cycle": cycle_id})
         with self._turn:
-            self._retry_now = False
             self._tell(
                 cycle_id=cycle_id, progress=None, waiting=Waiting(reason=reason, until=until, tries=tries)
             )

@@ -258,7 +258,13 @@ def ingest(
 
 def check_readable(path: Path) -> None:
     """Raises `SourceError` in words that tell apart what is missing from what is only hidden."""
-    if not path.exists():
+    try:
+        found = path.exists()
+    except PermissionError:  # a folder above it is closed
+        raise SourceError(
+            f"{path} is in a folder that is closed to {_me()}; copy it to where it can be read"
+        ) from None
+    if not found:
         raise SourceError(f"{path}: no such file, as far as {_me()} can see")
     if not path.is_file():
         raise SourceError(f"{path} is not a file; name the files in it, for instance {path}/*.csv")

@@ -26,6 +26,7 @@ _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 _FIELDS = ("minute", "hour", "day", "month", "day_of_week")
 _PART = re.compile(r"^(?:\*|(?P<first>\w+)(?:-(?P<last>\w+))?)(?:/(?P<step>\d+))?$")
 _DAY = timedelta(days=1)
+LOOK_SECONDS = 30  # how late a firing may be after the machine slept
 _SHORTCUTS = {
     "@hourly": "0 * * * *",
     "@daily": "0 0 * * *",
@@ -59,6 +60,10 @@ class Schedule:
                 self._scheduler.remove_job(_JOB)
             return
         self._scheduler.add_job(self._fire, trigger, id=_JOB, replace_existing=True)
+
+    def look(self) -> None:
+        """Compares the plan with the clock now, which may have been set."""
+        self._scheduler.wakeup()
 
     def next_run(self) -> datetime | None:
         """The next planned time, with its time zone; None when nothing is planned."""

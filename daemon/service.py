@@ -101,6 +101,8 @@ class Service:
         self._executor: CycleExecutor | None = None
         self._told = ""
         self._pinged = 0.0
+        self._due = False  # a firing could not be written down
+        self._looked = time.monotonic()  # when the schedule was last compared with the clock
         flight = Flight(store, self._make_runner, housekeeping=self._housekeeping)
         registry = operations.open_registry(settings, store)
         self._daemon = Daemon(
@@ -142,7 +144,17 @@ class Service:
                     "a thread of the daemon died; the log above has the reason", extra={"action": "broken"}
                 )
                 return BROKEN
+            self._look_at_the_clock()
             self._report()
+
+    def _look_at_the_clock(self) -> None:
+        """The scheduler waits by a clock that stands still while the machine sleeps and knows of no steps."""
+        if time.monotonic() - self._looked >= schedule.LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._schedule.look()
+            if self._due:
+                self._due = False
+                self._fire()
 
     def _receive(self, seconds: float) -> str | None:
         ping = self._notifier.ping_seconds
@@ -259,6 +271,10 @@ class Service:
             cycle, joined = self._daemon.flight.request("schedule", "schedule")
         except ControlError as error:
             log.info("scheduled cycle skipped: %s", error, extra={"action": "skipped"})
+        except HoldfastError as error:  # a full disk, for instance: it is due until it can be written
+            log.error("the scheduled cycle waits: %s", error, extra={"action": "unwritten"})
+            self._due = True
+            return
         else:
             told = "joins the cycle that is queued" if joined else "asked for a cycle"
             log.info("the schedule %s", told, extra={"action": "scheduled", "cycle": cycle.id})
@@ -285,6 +301,8 @@ class Service:
         self._seen()
 
     def _seen(self) -> None:
+        if self._due:
+            return  # the next start, too, must find that it was missed
         plan = self._daemon.settings.schedule
         seen = {"cron": plan.cron, "timezone": plan.timezone, "seen": operations.moment(utcnow())}
         try:

@@ -237,6 +237,17 @@ class TaskOverride(Section):
         (), description="The closed set; empty: the answers seen so far."
     )
 
+    @model_validator(mode="after")
+    def _agrees(self) -> "TaskOverride":
+        if self.kind == "free" and self.labels:
+            raise ValueError(f'kind = "free" has no labels = {list(self.labels)}; remove one of them')
+        return self
+
+    @property
+    def wanted_kind(self) -> Literal["free", "labels"] | None:
+        """Who lists labels means a closed set."""
+        return self.kind or ("labels" if self.labels else None)
+
 
 class Settings(BaseSettings):
     """All settings of one bot."""
@@ -259,6 +270,16 @@ class Settings(BaseSettings):
     schedule: Schedule = Field(default_factory=Schedule)
     mlflow: Mlflow = Field(default_factory=Mlflow)
     tasks: dict[str, TaskOverride] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _some_suite_can_speak(self) -> "Settings":
+        size, least = self.evaluation.suite_rows, self.gate.min_suite_rows
+        if size < least:
+            raise ValueError(
+                f"evaluation.suite_rows = {size} is less than gate.min_suite_rows = {least}: no suite would "
+                "have a say, and nothing be promoted; raise the one or lower the other"
+            )
+        return self
 
     @classmethod
     def settings_customise_sources(

@@ -120,6 +120,8 @@ def test_paths_are_relative_to_the_file_not_to_the_shell(tmp_path: Path) -> None
         ("[splits]\nvalidation = 0.5\nsuite = 0.5", ["splits", "leave at least 0.1"]),
         ('[tasks.x]\nkind = "poem"', ["tasks.x.kind = 'poem'", "'free'"]),
         ('[bot]\nname = "../x"', ["bot.name = '../x'"]),
+        ('[tasks.x]\nkind = "free"\nlabels = ["a"]', ["tasks.x", "labels = ['a']", "remove one"]),
+        ("[evaluation]\nsuite_rows = 7", ["evaluation.suite_rows = 7", "gate.min_suite_rows = 8"]),
         ("not toml", ["not valid TOML"]),
         ("[gate]\nmax_drop = true", ["gate.max_drop = True", "number"]),
         ('[gate]\naccept_inconclusive = "yes"', ["gate.accept_inconclusive = 'yes'", "boolean"]),

@@ -236,6 +236,22 @@ def test_mlflow_may_be_away_for_a_while(bot: Bot, monkeypatch: pytest.MonkeyPatc
     assert files_with(bot, "zanzibar-train") == []
 
 
+def test_no_alias_ever_points_to_files_that_are_gone(bot: Bot, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = bot.registry.erase
+
+    def erases(*args: Any) -> None:
+        seen.append(bot.registry.alias(promote.CHAMPION))
+        real(*args)
+
+    monkeypatch.setattr(bot.registry, "erase", erases)
+    before = bot.registry.alias(promote.CHAMPION)
+    begin(bot, row="s-train")
+    erasure.finish(bot.settings, bot.store, bot.registry)
+    assert (before, seen) == (3, [1])
+    assert bot.registry.alias(promote.CHAMPION) == champion(bot) == 1
+
+
 def test_an_audit_finds_what_came_back(bot: Bot) -> None:
     erase(bot, row="s-train")
     bot.store.close()

@@ -24,6 +24,8 @@ class ToyRunner:
         self.entered = threading.Semaphore(0)
         self.let_through = threading.Event()
         self.errors: list[Exception] = []
+        self.may_fail = threading.Event()
+        self.may_fail.set()
         self.order: list[int] = []
         self.at_once = 0
         self.most_at_once = 0
@@ -40,6 +42,7 @@ class ToyRunner:
 
     def _run(self, cycle_id: int, stop: Stop) -> Cycle:
         if self.errors:
+            assert self.may_fail.wait(PATIENCE)
             raise self.errors.pop(0)
         try:
             while not self.let_through.is_set():
@@ -186,6 +189,16 @@ def test_a_waiting_cycle_can_be_cancelled(scene: Scene) -> None:
     cycle, _ = scene.flight.request("manual", "ann")
     scene.until(lambda a: a.waiting is not None)
     scene.flight.cancel("ann")
+    scene.until(lambda a: scene.state(cycle.id) is State.CANCELLED)
+
+
+def test_a_cancel_during_a_try_that_fails_does_not_wait_for_the_next_one(scene: Scene) -> None:
+    scene.runner.errors = [RegistryUnavailable("nothing answered for a minute")]
+    scene.runner.may_fail.clear()
+    cycle, _ = scene.flight.request("manual", "ann")
+    scene.entered()
+    scene.flight.cancel("ann")
+    scene.runner.may_fail.set()
     scene.until(lambda a: scene.state(cycle.id) is State.CANCELLED)
 
 

@@ -222,3 +222,19 @@ def test_firings_missed_while_asleep_become_one() -> None:
     finally:
         schedule._scheduler.shutdown(wait=True)
     assert len(fired) == 1
+
+
+def test_a_firing_slept_through_is_seen_with_the_next_look_at_the_clock() -> None:
+    """The scheduler waits by a clock that stands still in a suspend: its alarm is still hours away."""
+    fired = threading.Event()
+    schedule = Schedule(fired.set)
+    schedule.plan("0 0 1 1 *", "UTC")
+    schedule.start()
+    try:
+        job = schedule._scheduler.get_job("cycle")
+        job._modify(next_run_time=datetime.now(UTC) - timedelta(hours=5))
+        schedule._scheduler._lookup_jobstore("default").update_job(job)  # without waking it, as a sleep would
+        schedule.look()
+        assert fired.wait(30)
+    finally:
+        schedule.stop()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import resource
 import shutil
 import signal
@@ -16,9 +17,10 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from daemon import access, statedir
+from daemon import access, config, service, statedir
+from daemon.notify import Notifier
 from daemon.service import STOP_SECONDS, WORKER_STOP_SECONDS
-from storage.errors import ControlError
+from storage.errors import ControlError, StoreError
 from storage.store import Store
 from tests.bots import COLOURS, FLAVOURS, collect, lesson, write_config
 from tests.daemons import (
@@ -236,6 +238,33 @@ def test_work_that_does_not_end_does_not_hide_why_the_daemon_ends(
 
 
 # The schedule.
+
+
+def test_a_firing_that_cannot_be_written_down_is_not_lost(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk at three in the morning, and at the start that follows, which it must not end."""
+    path = write_config(tmp_path, base, schedule__cron="0 3 1 1 *")
+    settings = config.load(path)
+    with Store.open(settings.store_path) as store:
+        told = {"cron": "0 3 1 1 *", "timezone": "UTC", "seen": "2020-06-01T00:00:00Z"}
+        store.set_meta("schedule", json.dumps(told))
+        made = service.Service(path, settings, store, Notifier.from_environment(), queue.SimpleQueue())
+        full = StoreError("no space left on device")
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "request_cycle", lambda *a, **k: (_ for _ in ()).throw(full))
+            made._catch_up()
+        assert store.unfinished() == []
+        assert json.loads(store.get_meta("schedule") or "") == told, "another start would make it up"
+        monkeypatch.setattr(service.schedule, "LOOK_SECONDS", 0)
+        made._schedule.start()
+        try:
+            made._look_at_the_clock()
+            made._look_at_the_clock()
+        finally:
+            made._schedule.stop()
+            made._control.close()
+        assert [cycle.requested_by for cycle in store.unfinished()] == ["schedule"]
 
 
 def test_a_firing_missed_while_it_was_down_is_made_up_once(tmp_path: Path, base: Path) -> None:

@@ -4,6 +4,7 @@ Starting one costs many seconds of imports, so children are kept from test to te
 """
 
 import json
+import queue
 import signal
 import subprocess
 import sys
@@ -14,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from daemon.executor import Stop, Until, WorkerExecutor
+from daemon.executor import Stop, Until, WorkerExecutor, _Worker
 from storage.artifacts import atomic_dir, is_complete, made_for
-from storage.errors import Cancelled, StageError
+from storage.errors import Cancelled, StageError, WorkerError
 from strategies.checkpoint import INFO
 from strategies.contract import (
     BlendJob,
@@ -340,3 +341,13 @@ def test_sigterm_ends_an_idle_worker(noisy: Child) -> None:
     noisy.process.send_signal(signal.SIGTERM)
     assert noisy.answer() == {"interrupted": True}
     assert noisy.process.wait(SECONDS) == 75
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_message_is_a_worker_that_died() -> None:
+    dead = _Worker.__new__(_Worker)
+    dead.process = subprocess.Popen(["sleep", "600"], text=True)
+    dead.process.kill()
+    dead._lines = queue.Queue()
+    dead._lines.put('{"done": {"curve": [')
+    with pytest.raises(WorkerError, match="middle of a message"):
+        dead.receive(0)
