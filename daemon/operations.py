@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +17,7 @@ from typing import Any
 
 from daemon import report
 from daemon.settings import Settings
-from storage.errors import UNREADABLE, ControlError, RegistryError, SourceError
+from storage.errors import UNREADABLE, ConfigError, ControlError, RegistryError, SourceError, StoreError
 from storage.reach import redact
 from storage.records import Promotion
 from storage.registry import Registry
@@ -25,10 +26,12 @@ from storage.store import ALL, Store
 from strategies.contract import PreparedBase
 
 PAUSED = "paused"  # the key in the store's meta: who paused, and when
+NAME = "name"  # another: bot.name as MLflow has it
 
 
 def open_registry(settings: Settings, store: Store) -> Registry:
-    """The registry of the bot; nothing is connected to yet."""
+    """The registry of the bot; nothing is connected to yet. Raises `ConfigError` for another bot's name."""
+    check_name(settings, store)
     return Registry(
         settings.tracking_uri,
         settings.bot.name,
@@ -36,6 +39,23 @@ def open_registry(settings: Settings, store: Store) -> Registry:
         Path(__file__).resolve().parent / "served_model.py",
         store_id=store.id,
     )
+
+
+def check_name(settings: Settings, store: Store) -> None:
+    """A bot that has made a version keeps its name. Raises `ConfigError`."""
+    known = store.get_meta(NAME)
+    if known and known != settings.bot.name and store.models():
+        raise ConfigError(
+            f'bot.name = "{settings.bot.name}", but the versions of {settings.state_dir} are in MLflow as '
+            f'"{known}"; set it back, or give another bot another bot.state_dir'
+        )
+
+
+def keep_name(settings: Settings, store: Store) -> None:
+    """Notes under which name the bot is in MLflow."""
+    if store.get_meta(NAME) != settings.bot.name:
+        with suppress(StoreError):  # a full disk: the next start notes it
+            store.set_meta(NAME, settings.bot.name)
 
 
 def software_version() -> str:

@@ -31,8 +31,8 @@ def publish(store: Store, registry: Registry, settings: Settings, cycle: Cycle, 
     """
     result = settings.state_dir / candidate.result
     artifacts.verify(result)
-    if before := store.models():
-        registry.check_has(before[-1].version, before[-1].adapter_hash)
+    if ours := _witness(store):
+        registry.check_has(ours.version, ours.adapter_hash)
     info = _info(settings, cycle)
     record = _record(store, settings, cycle, candidate, info)
     version = registry.publish(record)
@@ -40,6 +40,13 @@ def publish(store: Store, registry: Registry, settings: Settings, cycle: Cycle, 
     registry.log_stream(cycle.id, _stream_metrics(store, cycle, record.metrics), record.matrix)
     registry.set_alias(CHALLENGER, version, record.adapter_hash)
     return version
+
+
+def _witness(store: Store) -> ModelVersion | None:
+    """A version that the right MLflow has: the champion, as others may have been deleted there by hand."""
+    line = store.champion()
+    serving = store.model(line.version) if line and line.version is not None else None
+    return serving or next(iter(reversed(store.models())), None)
 
 
 def parameters(settings: Settings, used: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, str]:

@@ -105,6 +105,7 @@ class Service:
         self._looked = time.monotonic()  # when the schedule was last compared with the clock
         flight = Flight(store, self._make_runner, housekeeping=self._housekeeping)
         registry = operations.open_registry(settings, store)
+        operations.keep_name(settings, store)
         self._daemon = Daemon(
             settings=settings, store=store, registry=registry, flight=flight, facts=self._facts
         )
@@ -317,8 +318,8 @@ class Service:
         self._notifier.reloading()
         try:
             settings = config.load(self._config_path)
-            _check_same_bot(self._daemon.settings, settings)
             registry = operations.open_registry(settings, self._daemon.store)
+            _check_same_bot(self._daemon.settings, settings)
         except HoldfastError as error:
             self._config_problem = str(error)
             log.error("config not reloaded, the old one stays: %s", error, extra={"action": "reload-refused"})

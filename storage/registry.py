@@ -216,7 +216,8 @@ class Registry:
         if str(version) not in {str(one.version) for one in found}:
             raise RegistryError(
                 f"MLflow at {self.shown_uri} does not have version {version} of {self._bot} as this bot "
-                "trained it; set mlflow.tracking_uri back to where the bot's versions are"
+                "trained it; set mlflow.tracking_uri back to where the bot's versions are, or, if it was "
+                "deleted there, `daemon rollback` to one that is left"
             )
 
     def _listed(self, client: Any, version: Any) -> Listed:

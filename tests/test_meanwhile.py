@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
-from daemon import promote, report
-from storage.errors import RegistryError, RegistryUnavailable
+from daemon import operations, promote, report
+from storage.errors import ConfigError, RegistryError, RegistryUnavailable
 from storage.records import State
 from storage.registry import Registry
 from strategies.contract import TaskKind, TrainReport
@@ -130,6 +131,31 @@ def test_with_another_mlflow_the_cycle_waits_and_touches_no_alias(
     assert run_again(back, cycle.id).state is State.PROMOTED
     assert back.registry.alias("champion") == 2
     back.store.close()
+
+
+def test_a_version_deleted_by_hand_stops_no_later_cycle_unless_it_serves(bot: Bot) -> None:
+    two_promoted(bot)
+    promote.rollback(bot.store, bot.registry, "ana", "rude answers")
+    MlflowClient(bot.settings.tracking_uri).delete_model_version(bot.settings.bot.name, "2")
+    bot.collect(lesson("shapes", FLAVOURS))
+    assert bot.run().state is State.PROMOTED
+    MlflowClient(bot.settings.tracking_uri).delete_model_version(bot.settings.bot.name, "3")
+    bot.collect(lesson("numbers", FLAVOURS))
+    cycle = bot.request()
+    with pytest.raises(RegistryError, match="version 3 of .*if it was deleted there, `daemon rollback`"):
+        bot.run(cycle)
+    promote.rollback(bot.store, bot.registry, "ana", "version 3 was deleted")
+    assert run_again(bot, cycle.id).state.ended
+
+
+def test_a_bot_with_versions_keeps_its_name(bot: Bot) -> None:
+    named = bot.settings.model_copy(update={"bot": bot.settings.bot.model_copy(update={"name": "other"})})
+    operations.keep_name(bot.settings, bot.store)
+    operations.open_registry(named, bot.store)
+    bot.collect(lesson("colours"))
+    bot.run()
+    with pytest.raises(ConfigError, match='bot.name = "other", but .* in MLflow as "test-bot"; set it back'):
+        operations.open_registry(named, bot.store)
 
 
 def test_after_a_restored_backup_no_row_counts_as_learned_that_no_model_saw(bot: Bot) -> None:
