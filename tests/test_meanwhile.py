@@ -142,7 +142,7 @@ def test_a_version_deleted_by_hand_stops_no_later_cycle_unless_it_serves(bot: Bo
     MlflowClient(bot.settings.tracking_uri).delete_model_version(bot.settings.bot.name, "3")
     bot.collect(lesson("numbers", FLAVOURS))
     cycle = bot.request()
-    with pytest.raises(RegistryError, match="version 3 of .*if it was deleted there, `daemon rollback`"):
+    with pytest.raises(RegistryError, match=r"version 3 of .*if it was deleted there, `daemon rollback`"):
         bot.run(cycle)
     promote.rollback(bot.store, bot.registry, "ana", "version 3 was deleted")
     assert run_again(bot, cycle.id).state.ended
@@ -154,7 +154,7 @@ def test_a_bot_with_versions_keeps_its_name(bot: Bot) -> None:
     operations.open_registry(named, bot.store)
     bot.collect(lesson("colours"))
     bot.run()
-    with pytest.raises(ConfigError, match='bot.name = "other", but .* in MLflow as "test-bot"; set it back'):
+    with pytest.raises(ConfigError, match=r'bot.name = "other", but .* in MLflow as "test-bot"; set it back'):
         operations.open_registry(named, bot.store)
 
 
