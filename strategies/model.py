@@ -7,6 +7,7 @@ what `trainable` returns, and nothing else.
 import contextlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -151,7 +152,7 @@ def with_adapter(base: Base, folder: Path, *, trainable: bool) -> PeftModel:
                 base.model, str(folder), is_trainable=trainable, torch_device=str(base.device)
             )
             wanted = set(get_peft_model_state_dict(model))
-    except (*UNREADABLE, RuntimeError, SafetensorError) as error:
+    except (*UNREADABLE, RuntimeError, SafetensorError, re.error) as error:  # some of its names are patterns
         raise ModelError(
             f"the adapter in {folder} cannot be loaded on this base: {error}; run `daemon doctor`"
         ) from error

@@ -234,6 +234,17 @@ def test_a_damaged_adapter_is_told_with_its_path(home: Path, loaded: Base, data:
         path.write_bytes(whole)
 
 
+def test_a_pattern_in_an_adapter_that_is_none_is_told_with_its_path(home: Path, loaded: Base) -> None:
+    """`make test-fuzz` found it."""
+    adapter = result_files(home / "result")["adapter"]
+    whole = (adapter / blend.CONFIG).read_bytes()
+    try:
+        (adapter / blend.CONFIG).write_text(json.dumps({**json.loads(whole), "alpha_pattern": {"[": 1}}))
+        in_words(adapter, lambda: with_adapter(loaded, adapter, trainable=False).unload())
+    finally:
+        (adapter / blend.CONFIG).write_bytes(whole)
+
+
 @examples(40)
 @given(data=st.data())
 def test_the_note_on_a_prepared_base_is_made_again_when_it_is_damaged(
