@@ -114,6 +114,16 @@ def test_a_second_state_directory_on_one_mlflow_serves_its_own_adapter(
     other.store.close()
 
 
+def test_what_a_person_promoted_and_rolled_back_while_it_waited_is_not_promoted_again(bot: Bot) -> None:
+    cycle = learn_flavours_while_mlflow_is_away(bot, "log_stream")
+    promote.manual(bot.store, bot.registry, 2, "ana", "in a hurry")
+    promote.rollback(bot.store, bot.registry, "ana", "rude answers")
+    ended = run_again(bot, cycle)
+    assert ended.state is State.REJECTED
+    assert "promoted by hand and rolled back" in ended.reason
+    assert champions(bot)[-1] == (1, "rollback")
+
+
 def test_with_another_mlflow_the_cycle_waits_and_touches_no_alias(
     bot: Bot, tmp_path: Path, base: Path
 ) -> None:
