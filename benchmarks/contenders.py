@@ -121,6 +121,19 @@ _ALL = (
         strategy=_small("replay", "lwf", replay_dropout=0.2),
     ),
     Contender(
+        name="replay5-thinned+lwf-faster",
+        about="the same with a learning rate half as high again, and 0.4 remembered rows for a new one",
+        strategy=_small("replay", "lwf", replay_dropout=0.2, replay_ratio=0.4),
+        train={"learning_rate": 7.5e-4},
+        trial=True,
+    ),
+    Contender(
+        name="replay5-thinned+lwf-light",
+        about="the default's methods with a weight of 0.25 for the champion's opinion",
+        strategy=_small("replay", "lwf", replay_dropout=0.2, lwf_weight=0.25),
+        trial=True,
+    ),
+    Contender(
         name="replay5-both",
         about="replay of the most typical rows without a fifth of their tokens",
         strategy=_small("replay", replay_policy="herding", replay_dropout=0.2),
