@@ -272,8 +272,8 @@ def erase(settings: Settings, why: str, which: dict[str, Any], *, dry_run: bool)
                 return operations.erase_plan(store, **which)
         who = me()
         with writing(settings, "daemon erase") as store:
+            registry = operations.open_registry(settings, store)  # refuses a bot that it does not know
             begun = operations.erase(settings, store, who, why, **which)
-            registry = operations.open_registry(settings, store)
             try:
                 erasure.finish(settings, store, registry)
             except (HoldfastError, OSError):  # what serves is settled; the daemon does the rest later

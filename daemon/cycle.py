@@ -271,13 +271,13 @@ class CycleRunner:
             current = self.store.champion()
             serving = current.version if current else None
             by_hand = any(line.version == version for line in self.store.promotions())  # faster than MLflow
-            if serving == cycle.parent and not by_hand:
+            if unchanged := serving == cycle.parent and not by_hand:
                 promote.by_gate(self.store, version, cycle)
-            if serving == version or (serving == cycle.parent and not by_hand):
+            if unchanged or serving == version:
                 return self._end(cycle.id, State.PROMOTED, cycle.reason or "promoted", version)
         why = f"passed against version {cycle.parent}, but " + (
             f"version {version} was promoted by hand and rolled back meanwhile"
-            if by_hand
+            if serving == cycle.parent
             else f"the champion became {serving} meanwhile; `daemon retrain-now` learns the rows on top of it"
         )
         self.registry.tag_version(version, {"holdfast.verdict": "rejected", "holdfast.reason": why})

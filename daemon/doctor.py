@@ -235,8 +235,7 @@ def running(settings: Settings) -> Check:
 def service(config_path: Path, settings: Settings) -> Check:
     if not unit.UNIT.parent.is_dir():
         return ok("systemd", "not on this machine")
-    script = Path(sys.executable).parent / "daemon"  # in full: sudo does not look into virtual environments
-    install = f"sudo {script} -c {config_path} install-service"
+    install = f"sudo {unit.SCRIPT} -c {config_path} install-service"
     if not unit.UNIT.exists():
         return warn("systemd", "the service is not installed", install)
     text = unit.UNIT.read_text()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from storage.errors import ControlError
-from storage.records import Cycle, Promotion
+from storage.records import Cycle, ModelVersion, Promotion
 from storage.registry import Registry
 from storage.store import Store
 
@@ -82,8 +82,7 @@ def repair_alias(store: Store, registry: Registry) -> None:
     One thread at a time, and each reads the store anew: whoever comes last leaves the newest.
     """
     with _repairing:
-        champion = store.champion()
-        wanted = store.model(champion.version) if champion and champion.version is not None else None
+        wanted = serving(store)
         if wanted is None:
             registry.delete_alias(CHAMPION)
             return
@@ -91,6 +90,12 @@ def repair_alias(store: Store, registry: Registry) -> None:
             registry.set_alias(CHAMPION, wanted.version, wanted.adapter_hash)
         if registry.alias(CHALLENGER) == wanted.version:
             registry.delete_alias(CHALLENGER)
+
+
+def serving(store: Store) -> ModelVersion | None:
+    """The champion's version; None while there is none."""
+    line = store.champion()
+    return store.model(line.version) if line and line.version is not None else None
 
 
 def champions(lines: Sequence[Promotion]) -> list[int]:

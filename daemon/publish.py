@@ -10,8 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from daemon import examination, report, rescue
-from daemon.promote import CHALLENGER
+from daemon import examination, promote, report, rescue
 from daemon.settings import Settings
 from storage import artifacts, snapshots
 from storage.records import Candidate, Cycle, ModelVersion, Score
@@ -38,15 +37,14 @@ def publish(store: Store, registry: Registry, settings: Settings, cycle: Cycle, 
     version = registry.publish(record)
     store.add_model(_model(store, cycle, candidate, version, record, info))
     registry.log_stream(cycle.id, _stream_metrics(store, cycle, record.metrics), record.matrix)
-    registry.set_alias(CHALLENGER, version, record.adapter_hash)
+    registry.set_alias(promote.CHALLENGER, version, record.adapter_hash)
     return version
 
 
 def _witness(store: Store) -> ModelVersion | None:
     """A version that the right MLflow has: the champion, as others may have been deleted there by hand."""
-    line = store.champion()
-    serving = store.model(line.version) if line and line.version is not None else None
-    return serving or next(iter(reversed(store.models())), None)
+    models = store.models()
+    return promote.serving(store) or (models[-1] if models else None)
 
 
 def parameters(settings: Settings, used: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, str]:

@@ -154,7 +154,6 @@ class Service:
             self._looked = time.monotonic()
             self._schedule.look()
             if self._due:
-                self._due = False
                 self._fire()
 
     def _receive(self, seconds: float) -> str | None:
@@ -267,7 +266,8 @@ class Service:
     # The schedule.
 
     def _fire(self) -> None:
-        """It is time. Runs on the scheduler's thread."""
+        """It is time. Runs on the scheduler's thread, and on the main one for a firing that is still due."""
+        self._due = False
         try:
             cycle, joined = self._daemon.flight.request("schedule", "schedule")
         except ControlError as error:

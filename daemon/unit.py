@@ -18,6 +18,7 @@ from daemon.settings import Settings
 from storage.errors import ControlError
 from storage.reach import sqlite_path
 
+SCRIPT = Path(sys.executable).parent / "daemon"  # in full: sudo does not look into virtual environments
 TEMPLATE = Path(__file__).resolve().parent / "holdfast.service"
 UNIT = Path("/etc/systemd/system/holdfast.service")
 ACCOUNT = "holdfast"
@@ -86,9 +87,8 @@ def install(text: str, settings: Settings, account: Account) -> list[str]:
 
 def _command() -> tuple[str, Path | None]:
     """How the daemon is started here, and the directory that it takes (None: any)."""
-    script = Path(sys.executable).parent / "daemon"
-    if script.exists():
-        return _quoted(script), None
+    if SCRIPT.exists():
+        return _quoted(SCRIPT), None
     return f"{_quoted(Path(sys.executable))} -m daemon.cli", Path(__file__).resolve().parent.parent
 
 

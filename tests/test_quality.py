@@ -168,13 +168,12 @@ def test_work_is_ordered_seed_by_seed_with_the_baselines_first() -> None:
 
 def test_all_methods_run_once_the_winners_everywhere_and_trials_when_they_are_asked_for() -> None:
     found = plan.plans(Choice(size="wide"))
-    once = {p.group for p in found if p.contender not in plan.WINNERS and p.stream != "long"}
-    assert once == {"clinc-given-seed0"}
     assert {p.stock for p in found} == {"", "peft", "avalanche"}
+    quality = [p for p in found if p.stream != "long"]
+    everywhere = {p.group for p in quality}
+    assert {p.group for p in quality if p.contender not in plan.WINNERS} == {"clinc-given-seed0"}
     for name in plan.WINNERS:
-        assert {p.group for p in found if p.stream != "long"} == {
-            p.group for p in found if p.contender == name and p.stream != "long"
-        }
+        assert {p.group for p in quality if p.contender == name} == everywhere
     assert not any(CONTENDERS[p.contender].trial for p in found)
     assert plan.plans(Choice(size="wide", contenders=["replay5-both"]))
     asked = plan.plans(Choice(size="wide", streams=["clbench"], contenders=["stock-peft"]))

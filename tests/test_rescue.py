@@ -119,17 +119,20 @@ def check_one_candidate_everywhere(bot: Bot, cycle: Cycle, number: int) -> None:
 
 
 def test_a_model_that_forgot_is_rescued_by_a_blend_for_real(tmp_path: Path, base: Path) -> None:
-    """Plain fine-tuning makes the tiny model say `b` to everything; a blend on the way there knows both."""
-    naive = {"strategy.methods": "naive", "training.learning_rate": 0.01, "training.epochs": 8}
-    bot = make_bot(tmp_path, base, **{"gate.max_drop": 0.3, "gate.min_gain": 0.0, **naive})
+    """Plain fine-tuning makes the tiny model say `b` to everything; a blend on the way there knows both.
+
+    The first lesson is learned longer than the second, so that the way has a stretch that knows both, not
+    one point: 0.7 and 0.8 pass, and a tenth more or less of the rate moves the stretch along the grid.
+    """
+    limits = {"gate.max_drop": 0.3, "gate.min_gain": 0.0, "strategy.methods": "naive"}
+    bot = make_bot(tmp_path, base, **limits, **{"training.learning_rate": 0.01, "training.epochs": 8})
     splits = ["train"] * 24 + ["validation"] * 8 + ["suite"] * 10
     bot.collect([(f"c{n}", "colours", f"colours {n}?", "a", split) for n, split in enumerate(splits)])
     bot.run()
+    bot = make_bot_again(bot, base, **limits, **{"training.learning_rate": 0.009, "training.epochs": 3})
     unlike = "ZZ#{:04d} WWWW KKKK".format
     bot.collect([(f"f{n}", "flavours", unlike(n), "b", split) for n, split in enumerate(splits)])
     cycle = bot.run()
-    if kinds(bot, cycle)[:2] == [("train", False), ("blend", None)]:
-        pytest.skip("in this processor's arithmetic this training has no blend that knows both")
     assert kinds(bot, cycle) == [("train", False), ("blend", True)]
     assert cycle.state is State.PROMOTED
     assert "rescued by attempt 2" in (cycle.reason or "")
