@@ -19,7 +19,18 @@ PATIENCE = 3 * SECONDS  # cold starts of Python with all libraries, on a machine
 BOOT = Path(__file__).resolve().parent / "boot.sh"
 SYSTEMD = Path("/lib/systemd/systemd")
 NAMESPACES = ["--pid", "--mount", "--uts", "--ipc", "--cgroup", "--net"]
-TOOLS = ("unshare", "nsenter", "setpriv", "mount", "pivot_root", "systemctl", "journalctl", "useradd", "ip")
+TOOLS = (
+    "unshare",
+    "nsenter",
+    "setpriv",
+    "mount",
+    "pivot_root",
+    "systemctl",
+    "journalctl",
+    "useradd",
+    "ip",
+    "pkill",
+)
 OVERLAY = (
     "mount -t tmpfs tmpfs {0} && mkdir {0}/upper {0}/work {0}/root && "
     "mount -t overlay -o lowerdir=/,upperdir={0}/upper,workdir={0}/work overlay {0}/root && "

@@ -1,7 +1,7 @@
 """The unit that `daemon install-service` writes, under a real systemd: started, watched, killed, stopped.
 
-The hardening is the unit's own. A drop-in shortens WatchdogSec, so that a test need not wait a minute, and
-says where Python finds the clone and compiled libraries. Skipped where no systemd can be booted, with the
+The hardening is the unit's own. A drop-in shortens WatchdogSec and RestartSec, so that a test need not wait,
+and says where Python finds the clone and compiled libraries. Skipped where no systemd can be booted, with the
 reason.
 """
 
@@ -34,7 +34,7 @@ for request in (SEIZE, INTERRUPT):
 while os.WIFSTOPPED(os.waitpid(pid, WALL)[1]):
     pass
 """
-DROP_IN = f"[Service]\nWatchdogSec=10\nEnvironment=PYTHONPATH={ROOT}\n"
+DROP_IN = f"[Service]\nWatchdogSec=10\nRestartSec=0\nEnvironment=PYTHONPATH={ROOT}\n"
 if sys.dont_write_bytecode:  # then nobody has compiled the libraries: once is enough
     DROP_IN += "Environment=PYTHONPYCACHEPREFIX=%C/holdfast/python\n"
 
@@ -198,10 +198,38 @@ def test_a_cycle_is_published_and_nothing_is_wrong(holdfast: Holdfast) -> None:
     assert "[action=decided cycle=" in holdfast.machine.journal("holdfast")
 
 
+def test_a_worker_that_is_killed_costs_the_service_nothing(holdfast: Holdfast) -> None:
+    """As the kernel kills one for memory. That systemd lets the daemon live then is `OOMPolicy`, not shown
+    here: the memory controller is not in this machine's hands."""
+    holdfast.weights.chmod(0o644)
+    holdfast.collect("shapes", train=32)
+    daemon, restarts = holdfast.pid, holdfast.show("NRestarts")
+    cycle = holdfast.call("retrain")["cycle"]["id"]
+    assert eventually(lambda: training_step(holdfast.call("status")) > 6)
+    holdfast.machine.run("pkill", "-KILL", "--parent", daemon)
+    assert holdfast.call("follow", cycle=cycle)["cycle"]["state"] == "promoted"
+    assert holdfast.call("show", cycle=cycle)["cycle"]["attempts"] == 1
+    assert (holdfast.pid, holdfast.show("NRestarts")) == (daemon, restarts)
+
+
 def test_after_kill_9_it_is_started_again(holdfast: Holdfast) -> None:
     holdfast.is_started_again_after("kill", "-KILL")
     assert "nothing is wrong" in holdfast.cli("audit")
     assert "Failed with result 'signal'" in holdfast.machine.journal("holdfast")
+
+
+def test_after_five_failures_in_ten_minutes_a_person_has_to_look(holdfast: Holdfast) -> None:
+    def dies() -> bool:
+        """Whether systemd has given up on it."""
+        died = holdfast.pid
+        holdfast.machine.run("kill", "-KILL", died)
+        assert eventually(
+            lambda: holdfast.pid not in (died, "0") or holdfast.show("ActiveState") == ("failed",)
+        )
+        return holdfast.show("ActiveState") == ("failed",)
+
+    assert [dies() for _ in range(6)] == [False] * 5 + [True], "five starts, and no sixth"
+    assert "Start request repeated too quickly" in holdfast.machine.journal("holdfast")
 
 
 @pytest.mark.parametrize("command", [("kill", "-STOP"), (sys.executable, "-c", HOLD_MAIN_THREAD)])
