@@ -128,6 +128,13 @@ _ALL = (
         trial=True,
     ),
     Contender(
+        name="replay5-thinned+lwf-fastest",
+        about="the same with twice the learning rate",
+        strategy=_small("replay", "lwf", replay_dropout=0.2, replay_ratio=0.4),
+        train={"learning_rate": 1e-3},
+        trial=True,
+    ),
+    Contender(
         name="replay5-thinned+lwf-light",
         about="the default's methods with a weight of 0.25 for the champion's opinion",
         strategy=_small("replay", "lwf", replay_dropout=0.2, lwf_weight=0.25),
