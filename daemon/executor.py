@@ -12,6 +12,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -181,14 +182,22 @@ class WorkerExecutor:
 
 
 class _Worker:
-    """The child and its two pipes. Standard error goes to the daemon's, hence to the journal."""
+    """The child and its two pipes. Standard error goes to the daemon's, hence to the journal.
+
+    Its temporary files are ours to remove: Avalanche's import alone makes two folders, and the child does
+    not live to an orderly end. Raises `StageError` where none can be made.
+    """
 
     def __init__(self, environment: dict[str, str]) -> None:
+        try:
+            self._scratch = tempfile.TemporaryDirectory(prefix="holdfast-", ignore_cleanup_errors=True)
+        except OSError as error:
+            raise StageError(f"{tempfile.gettempdir()}: {error.strerror}; make room there") from None
         self.process = subprocess.Popen(
             [sys.executable, "-m", "daemon.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**WORKER_ENVIRONMENT, **os.environ, **environment},
+            env={**WORKER_ENVIRONMENT, **os.environ, **environment, "TMPDIR": self._scratch.name},
             cwd=Path(__file__).resolve().parent.parent,
             start_new_session=True,  # a Ctrl-C in the terminal is the daemon's to handle
             text=True,
@@ -234,6 +243,7 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self._scratch.cleanup()
 
     def _read(self) -> None:
         assert self.process.stdout is not None

@@ -8,6 +8,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -209,8 +210,12 @@ def test_a_base_is_prepared_in_the_worker(children: Children, base: Path, tmp_pa
 
 
 def test_adapters_are_blended_in_the_worker_and_one_deadline_ends_its_stages(
-    cycles: tuple[TrainJob, TrainJob], tmp_path: Path
+    cycles: tuple[TrainJob, TrainJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it asks once
     asked = BlendJob(
         out=str(tmp_path / "out"),
         champion=cycles[0].out,
@@ -235,6 +240,7 @@ def test_adapters_are_blended_in_the_worker_and_one_deadline_ends_its_stages(
         with pytest.raises(StageError, match="no time left"):  # checkpointed, as by a shutdown
             executor.train(slow, lambda progress: steps.append(progress.step), midway)
         assert not is_complete(slow.out)
+    assert not list(temporary.iterdir()), "what the worker's libraries leave there goes with it"
 
 
 def test_an_error_reaches_the_daemon_by_name_and_the_worker_lives_on(
