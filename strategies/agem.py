@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies import replay_policies
 from strategies.batches import Example, collate, nll
 from strategies.model import trainable
-from strategies.replay import Rehearsal
+from strategies.replay import Rehearsal, rehearsals
 
 
 class AGem(Rehearsal):
@@ -38,10 +37,8 @@ class AGem(Rehearsal):
 
     def _rows(self, strategy: Any, step: int) -> list[Example]:
         """A pure function of the step, so that a resumed training meets the same rows."""
-        count = max(1, round(self.spec.replay_ratio * strategy.spec.batch_size))
-        if not len(self.memory):
-            return []
-        drawn = replay_policies.draw_equally(self.memory, count, self.seed, step)
+        count = rehearsals(self.spec, strategy.spec.batch_size * strategy.spec.accumulation)
+        drawn = self.policy.draw(self.memory, count, self.turn, step) if len(self.memory) and count else []
         return [self.on_offer[row] for row in drawn]
 
 
@@ -59,8 +56,15 @@ def _dot(left: list[Tensor], right: list[Tensor]) -> Tensor:
 
 
 def _gradient(strategy: Any, rows: list[Example], parameters: list[Tensor]) -> list[Tensor]:
-    batch = collate(rows, strategy.base.prompter.pad_id).to(strategy.device)
-    with strategy.base.autocast():
-        loss, tokens = nll(strategy.model, batch)
-    found = torch.autograd.grad(loss / tokens, parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+    """Of the mean loss over the rows' answer tokens, in passes that are no larger than the training's own."""
+    size, tokens = strategy.spec.batch_size, sum(len(row.answer_ids) for row in rows)
+    total = [torch.zeros_like(p) for p in parameters]
+    for start in range(0, len(rows), size):
+        batch = collate(rows[start : start + size], strategy.base.prompter.pad_id).to(strategy.device)
+        with strategy.base.autocast():
+            loss, _ = nll(strategy.model, batch)
+        found = torch.autograd.grad(loss / tokens, parameters, allow_unused=True)
+        for whole, part in zip(total, found, strict=True):
+            if part is not None:
+                whole += part
+    return total

@@ -18,6 +18,7 @@ from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
+from storage.errors import TrainingError
 from strategies.text import Prompter
 
 IGNORED = -100
@@ -85,18 +86,31 @@ class Batch:
 
 
 def encode(rows: Sequence[Question], prompter: Prompter, *, replayed: bool = False) -> list[Example]:
-    """Rows as examples, in the same order."""
-    return [
-        Example(
-            row_hash=row.hash,
-            task=row.task,
-            prompt_ids=tuple(prompter.prompt_ids(row.question, row.context)),
-            answer_ids=tuple(prompter.answer_ids(row.answer)),
-            replayed=replayed,
-            has_context=bool(row.context),
+    """Rows as examples, in the same order.
+
+    Stored rows fit, as intake measured them, but the system prompt may have grown since, or the limit become
+    smaller: then a question loses its beginning. Raises `TrainingError` for an answer that leaves it no room.
+    """
+    return [_example(row, prompter, replayed) for row in rows]
+
+
+def _example(row: Question, prompter: Prompter, replayed: bool) -> Example:
+    answer = prompter.answer_ids(row.answer)
+    prompt = prompter.prompt_ids(row.question, row.context, longest=prompter.max_tokens - len(answer))
+    if len(prompt) + len(answer) > prompter.max_tokens:
+        raise TrainingError(
+            f"the answer of row {row.hash[:12]} of task {row.task} has {len(answer)} tokens, which leaves "
+            f"its question no room in model.max_tokens = {prompter.max_tokens} any more; raise that, or "
+            "shorten model.system_prompt, then `daemon retrain-now`"
         )
-        for row in rows
-    ]
+    return Example(
+        row_hash=row.hash,
+        task=row.task,
+        prompt_ids=tuple(prompt),
+        answer_ids=tuple(answer),
+        replayed=replayed,
+        has_context=bool(row.context),
+    )
 
 
 def plan(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

@@ -12,6 +12,8 @@ from strategies.replay import Rehearsal, seen
 class Joint(Rehearsal):
     """State: the hashes of all rows so far. The adapter starts fresh (`strategies.inheritance.adapter`)."""
 
+    keeps_all = True
+
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         super().before_training_exp(strategy, **kwargs)
         if left := self.memory.seen - len(self.memory):

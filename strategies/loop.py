@@ -231,6 +231,8 @@ class Learner(SGDUpdate, BaseSGDTemplate):
                 course.best_epoch = course.epoch
                 if self.spec.patience:
                     self.best = {name: p.detach().clone() for name, p in trainable(self.model).items()}
+                    for method in self.methods.values():
+                        method.mark_best()
         course.epoch, course.step = course.epoch + 1, 0
         self.save_checkpoint()
 

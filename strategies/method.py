@@ -38,6 +38,9 @@ class Method(SupervisedPlugin):
         """What a checkpoint must hold besides adapter and optimiser, for `resume`."""
         return {}
 
+    def mark_best(self) -> None:
+        """The adapter as it is now is the one that is kept, unless a later epoch ends better."""
+
     def resume(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes up what `midway` gave."""
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,11 +28,13 @@ class Rehearsal(Method):
     """A method with a memory of rows. State: their hashes. Their texts come with the snapshot."""
 
     file = replay_memory.FILE
+    keeps_all: ClassVar[bool] = False  # whether nothing is ever left out of the memory
 
     def __init__(self, spec: StrategySpec, seed: int) -> None:
         super().__init__(spec, seed)
         self.memory = Memory(seed=seed)
         self.on_offer: dict[str, Example] = {}
+        self.turn = str(seed)  # the draws' seed: another one in every experience
         self.policy = replay_policies.POLICIES[spec.replay_policy]
         self.features: Features | None = None
 
@@ -49,7 +51,9 @@ class Rehearsal(Method):
         self.memory = self.memory.only(self.on_offer)
         if gone := remembered - len(self.memory):
             self.notes.append(f"{gone} remembered rows are superseded or erased, and were forgotten")
-        if self.policy.ranks:
+        # Without the memory's age every experience would draw the same rows, and leave out the same words.
+        self.turn = f"{self.seed}/{self.memory.seen}"
+        if self.policy.ranks and not self.keeps_all:
             self.features = Features(strategy.model)
 
     def after_forward(self, strategy: Any, **kwargs: Any) -> None:
@@ -66,6 +70,10 @@ class Rehearsal(Method):
         self.memory = replay_policies.after(
             self.memory, rows, room(self.spec), self.spec.replay_policy, ranks
         )
+        if self.policy.measures:
+            examples = self.on_offer | {example.row_hash: example for example in new}
+            losses = row_losses(strategy, [examples[row] for row in self.memory.hashes])
+            self.memory = replay_policies.respaced(self.memory.measured(losses))
 
     def midway(self) -> dict[str, Tensor]:
         return dict(self.features.found) if self.features else {}
@@ -81,16 +89,9 @@ class Replay(Rehearsal):
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Extends the loader, as Avalanche's own replay plugin replaces it."""
         super().before_training_exp(strategy, **kwargs)
-        count = round(self.spec.replay_ratio * len(strategy.experience.new))
+        count = rehearsals(self.spec, len(strategy.experience.new))
         if len(self.memory) and count:
             strategy.dataloader.also(self._rehearsals(strategy.base.prompter.pieces, count))
-
-    def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
-        super().after_training_exp(strategy, **kwargs)
-        if self.policy.measures:
-            examples = self.on_offer | {example.row_hash: example for example in strategy.experience.new}
-            losses = row_losses(strategy, [examples[row] for row in self.memory.hashes])
-            self.memory = replay_policies.respaced(self.memory.measured(losses))
 
     def _rehearsals(self, pieces: Pieces, count: int) -> Draw:
         """Which rows an epoch rehearses, and in which words."""
@@ -101,9 +102,9 @@ class Replay(Rehearsal):
         }
 
         def draw(epoch: int) -> list[Example]:
-            drawn = enumerate(self.policy.draw(memory, count, self.seed, epoch))
+            drawn = enumerate(self.policy.draw(memory, count, self.turn, epoch))
             return [
-                thinned(offered[row], pieces, share, f"{self.seed}/{epoch}/{n}")
+                thinned(offered[row], pieces, share, f"{self.turn}/{epoch}/{n}")
                 if row in robust
                 else offered[row]
                 for n, row in drawn
@@ -127,6 +128,11 @@ def thinned(example: Example, pieces: Pieces, share: float, seed: str) -> Exampl
     return replace(
         example, prompt_ids=(*example.prompt_ids[:start], *(kept or question), *example.prompt_ids[end:])
     )
+
+
+def rehearsals(spec: StrategySpec, new: int) -> int:
+    """Remembered rows beside so many new ones: at least one, unless the ratio is 0."""
+    return max(1, round(spec.replay_ratio * new)) if spec.replay_ratio else 0
 
 
 def room(spec: StrategySpec) -> Room:

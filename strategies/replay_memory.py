@@ -16,8 +16,8 @@ from typing import Any
 from storage.errors import UNREADABLE, IntegrityError
 
 FILE = "replay.json"
-FORMAT = 3
-_KNOWN = (2, FORMAT)  # 2 knew neither ranks nor what is shared
+FORMAT = 4
+_KNOWN = (2, 3, FORMAT)  # 2 knew neither ranks nor what is shared; in 3, rows that nobody ranked had rank 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Trace:
     learned: float | None = None  # loss when the row was learned
     latest: float | None = None  # loss after the last experience
     is_shared: bool = False  # whether other rows of its task had the same answer
-    rank: int = 0  # among the rows of its answer, the most typical first; all 0 where nobody ranked them
+    rank: int | None = None  # among the rows of its answer, the most typical first; None: nobody ranked it
 
     @property
     def rise(self) -> float:
@@ -46,7 +46,9 @@ class Spacing:
     wait: int = 1
 
 
-Tasks = Mapping[str, Mapping[str, Trace]]  # task → row hash → trace, rows in the order of the draw
+Rows = Mapping[str, Trace]  # by row hash, in the order of the draw
+Tasks = Mapping[str, Rows]
+Seed = int | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ def _shared(rows: Mapping[str, Trace]) -> dict[str, Trace]:
     }
 
 
-def priority(seed: int | str, row: str) -> str:
+def priority(seed: Seed, row: str) -> str:
     """A row's place in a draw: uniform, and the same wherever and whenever it is asked for."""
     return hashlib.sha256(f"{seed}/{row}".encode()).hexdigest()
 
@@ -167,13 +169,19 @@ def load(state_dir: Path) -> Memory | None:
 def _read(values: dict[str, Any]) -> Memory:
     if values["format"] not in _KNOWN:
         raise ValueError(f"format {values['format']}, known are {_KNOWN}")
+    tasks = {
+        task: {str(row): Trace(**trace) for row, trace in rows.items()}
+        for task, rows in values["tasks"].items()
+    }
+    if values["format"] == 3 and not any(trace.rank for rows in tasks.values() for trace in rows.values()):
+        tasks = {
+            task: {row: replace(trace, rank=None) for row, trace in rows.items()}
+            for task, rows in tasks.items()
+        }
     return Memory(
         seed=int(values["seed"]),
         seen=int(values["seen"]),
-        tasks={
-            task: {str(row): Trace(**trace) for row, trace in rows.items()}
-            for task, rows in values["tasks"].items()
-        },
+        tasks=tasks,
         spacing={task: Spacing(**each) for task, each in values["spacing"].items()},
     )
 

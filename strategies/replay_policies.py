@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from strategies.replay_memory import Memory, Room, Seen, Spacing, Tasks, Trace, priority
+from strategies.replay_memory import Memory, Room, Rows, Seed, Seen, Spacing, Tasks, Trace, priority
 
 MOST_HARD = Fraction(1, 2)  # of a draw: rows with wrong labels are the hardest of all
 FORGOTTEN = 0.1  # nats per answer token that a task's mean loss may rise before it counts as forgotten
 LONGEST_INTERVAL = 16  # experiences
 
-Draw = Callable[[Memory, int, int, int], list[str]]  # memory, count, seed, epoch → row hashes
+Draw = Callable[[Memory, int, Seed, int], list[str]]  # memory, count, seed, epoch → row hashes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +36,36 @@ def after(
 
 
 def balanced(tasks: Tasks, size: int, seed: int) -> Tasks:
-    """Equal room for every task, and in it for every answer; what one leaves free goes to the others.
+    """Equal room for every task, and in it for every answer; what one leaves free goes to the others. Rows
+    of an answer stay by the draw."""
+    return _equal_tasks(tasks, size, seed, lambda rows: rows)
 
-    Rows of an answer stay by their rank, if they have one, and else by the draw.
-    """
+
+def typical(tasks: Tasks, size: int, seed: int) -> Tasks:
+    """The same, but the rows of an answer stay by their rank. Those that nobody ranked, of experiences under
+    another policy, keep the places that the draw gave them, among each other."""
+
+    def ranked(rows: Rows) -> Rows:
+        unranked = [row for row, trace in rows.items() if trace.rank is None]
+        places = {row: place for place, row in enumerate(unranked)}
+        places |= {row: trace.rank for row, trace in rows.items() if trace.rank is not None}
+        return {row: rows[row] for row in sorted(rows, key=places.__getitem__)}
+
+    return _equal_tasks(tasks, size, seed, ranked)
+
+
+def _equal_tasks(tasks: Tasks, size: int, seed: int, order: Callable[[Rows], Rows]) -> Tasks:
     room = share_out(size, {task: len(rows) for task, rows in sorted(tasks.items())})
-    return {task: _equal_answers(rows, room[task], seed) for task, rows in tasks.items() if room[task]}
+    return {task: _equal_answers(rows, room[task], seed, order) for task, rows in tasks.items() if room[task]}
 
 
-def _equal_answers(rows: Mapping[str, Trace], size: int, seed: int) -> Mapping[str, Trace]:
-    answers: dict[str, list[str]] = {}
+def _equal_answers(rows: Rows, size: int, seed: int, order: Callable[[Rows], Rows]) -> Rows:
+    answers: dict[str, dict[str, Trace]] = {}
     for row, trace in rows.items():
-        answers.setdefault(trace.answer, []).append(row)
+        answers.setdefault(trace.answer, {})[row] = trace
     first = sorted(answers, key=lambda answer: (priority(seed, answer), answer))
     room = share_out(size, {answer: len(answers[answer]) for answer in first})
-    kept = {
-        row
-        for answer, found in answers.items()
-        for row in sorted(found, key=lambda row: rows[row].rank)[: room[answer]]
-    }
+    kept = {row for answer, found in answers.items() for row in list(order(found))[: room[answer]]}
     return {row: trace for row, trace in rows.items() if row in kept}
 
 
@@ -72,26 +83,26 @@ def reservoir(tasks: Tasks, size: int, seed: int) -> Tasks:
     return {task: rows for task, rows in left.items() if rows}
 
 
-def draw_equally(memory: Memory, count: int, seed: int, epoch: int) -> list[str]:
+def draw_equally(memory: Memory, count: int, seed: Seed, epoch: int) -> list[str]:
     """As equally from all tasks as they allow.
 
     Each task's rows form an endless stream: all of them in one order, then in another, and so on; an
     epoch continues where the one before it ended. Nothing comes twice before everything came once.
     """
     sizes = {task: len(rows) for task, rows in memory.tasks.items()}
-    starts, stops = _drawn(sizes, count, epoch), _drawn(sizes, count, epoch + 1)
+    starts, stops = _drawn(sizes, count, epoch, seed), _drawn(sizes, count, epoch + 1, seed)
     drawn = []
     for task, rows in sorted(memory.tasks.items()):
         drawn += _stream(list(rows), starts[task], stops[task], f"{seed}/{task}")
     return drawn
 
 
-def draw_uniformly(memory: Memory, count: int, seed: int, epoch: int) -> list[str]:
+def draw_uniformly(memory: Memory, count: int, seed: Seed, epoch: int) -> list[str]:
     """Every row as often as every other, whatever its task."""
     return _stream(memory.hashes, epoch * count, (epoch + 1) * count, str(seed)) if len(memory) else []
 
 
-def draw_hardest(memory: Memory, count: int, seed: int, epoch: int) -> list[str]:
+def draw_hardest(memory: Memory, count: int, seed: Seed, epoch: int) -> list[str]:
     """Half of the draw are the rows whose loss rose most since they were learned, the rest are drawn equally.
 
     After the maximal interference of Aljundi et al. 2019 (arXiv 1908.04742), measured after each
@@ -104,7 +115,7 @@ def draw_hardest(memory: Memory, count: int, seed: int, epoch: int) -> list[str]
     return hard + draw_equally(memory, count - len(hard), seed, epoch)
 
 
-def draw_due(memory: Memory, count: int, seed: int, epoch: int) -> list[str]:
+def draw_due(memory: Memory, count: int, seed: Seed, epoch: int) -> list[str]:
     """Only from tasks whose turn it is; see `respaced`."""
     due = {task: rows for task, rows in memory.tasks.items() if _spacing(memory, task).wait <= 1}
     wanted = Fraction(len(due), max(len(memory.tasks), 1)) * count  # what is not due costs no time
@@ -132,7 +143,7 @@ def respaced(memory: Memory) -> Memory:
 
 POLICIES: dict[str, Policy] = {
     "balanced": Policy(keep=balanced, draw=draw_equally),
-    "herding": Policy(keep=balanced, draw=draw_equally, ranks=True),
+    "herding": Policy(keep=typical, draw=draw_equally, ranks=True),
     "reservoir": Policy(keep=reservoir, draw=draw_uniformly),
     "hardest": Policy(keep=balanced, draw=draw_hardest, measures=True),
     "spaced": Policy(keep=balanced, draw=draw_due, measures=True),
@@ -158,12 +169,13 @@ def _level(room: int, wants: Mapping[str, int]) -> int:
     return bisect_right(range(room + 1), room, key=lambda n: sum(min(n, want) for want in wants.values())) - 1
 
 
-def _drawn(sizes: Mapping[str, int], count: int, epochs: int) -> dict[str, int]:
+def _drawn(sizes: Mapping[str, int], count: int, epochs: int, seed: Seed) -> dict[str, int]:
     """Rows of each task in the first so many epochs: what cannot be divided equally goes round among them."""
     rounds, room = divmod(count, max(sum(sizes.values()), 1))
     level = _level(room, sizes)
     total = {task: epochs * (rounds * size + min(level, size)) for task, size in sizes.items()}
-    hungry = [task for task in sorted(sizes) if sizes[task] > level]
+    order = sorted(sizes, key=lambda task: (priority(seed, task), task))
+    hungry = [task for task in order if sizes[task] > level]
     rest = epochs * count - sum(total.values())
     for n, task in enumerate(hungry):
         total[task] += rest // len(hungry) + (n < rest % len(hungry))

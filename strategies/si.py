@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from strategies.checkpoint import under
 from strategies.held import Held
 from strategies.model import trainable
 from strategies.quadratic import relative
@@ -25,26 +26,32 @@ class Si(Held):
 
     file = "si.safetensors"
     path: dict[str, Tensor]  # what each parameter did for the loss in this experience, ω
+    best: Mapping[str, Tensor]  # the same up to the epoch that is the best so far, if one is kept
 
     @property
     def strength(self) -> float:
         return self.spec.si_lambda
 
     def midway(self) -> dict[str, Tensor]:
-        return self.path
+        parts = {"path": self.path, "best": self.best}
+        return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
 
     def resume(self, tensors: Mapping[str, Tensor]) -> None:
-        self.path = {name: t.to(self.path[name].device) for name, t in tensors.items()}
+        devices = {name: t.device for name, t in self.path.items()}
+        self.path = {name: t.to(devices[name]) for name, t in under("path/", tensors).items()}
+        self.best = {name: t.to(devices[name]) for name, t in under("best/", tensors).items()}
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         super().before_training_exp(strategy, **kwargs)
         parameters = trainable(strategy.model)
         self.start = {name: p.detach().clone() for name, p in parameters.items()}
         self.path = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        self.best = {}
 
     @torch.no_grad()
     def before_update(self, strategy: Any, **kwargs: Any) -> None:
-        """The gradient of the loss alone: what holds old answers did not learn the new ones."""
+        """The gradient without SI's own pull: what holds old answers did not learn the new ones. What other
+        methods add to the loss stays in it."""
         self.before = {name: p.detach().clone() for name, p in trainable(strategy.model).items()}
         self.slope = {
             name: (torch.zeros_like(p) if p.grad is None else p.grad).clone()
@@ -60,8 +67,12 @@ class Si(Held):
         for name, p in trainable(strategy.model).items():
             self.path[name] -= self.slope[name] * (p.detach() - self.before[name])
 
+    def mark_best(self) -> None:
+        self.best = {name: t.clone() for name, t in self.path.items()}
+
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         end = {name: p.detach().clone() for name, p in trainable(strategy.model).items()}
         moved = {name: (end[name] - self.start[name]).square() for name in end}
-        importance = {name: path.clamp(min=0) / (moved[name] + DAMPING) for name, path in self.path.items()}
+        paths = self.best or self.path  # to where the adapter is now
+        importance = {name: path.clamp(min=0) / (moved[name] + DAMPING) for name, path in paths.items()}
         self.hold(relative(importance, end), end)

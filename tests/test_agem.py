@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from strategies import replay_memory
 from strategies.agem import AGem, project
 from strategies.batches import Example
 from strategies.contract import StrategySpec, result_files
@@ -68,7 +69,8 @@ def reference_gradient(model: torch.nn.Module, rows: list[Example]) -> Tensor:
     return flat(list(torch.autograd.grad(torch.cat(losses).mean(), list(trainable(model).values()))))
 
 
-def test_no_step_goes_against_the_remembered_rows(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [(4, 1), (1, 4)], ids=["at once", "row by row"])
+def test_no_step_goes_against_the_remembered_rows(base: Path, tmp_path: Path, step: tuple[int, int]) -> None:
     """Four rows are remembered and four are drawn for every step, so it is known which. Their questions are
     those of four new rows and their answers are not: what is learned goes against them sooner or later."""
     before: list[Tensor] = []
@@ -88,7 +90,10 @@ def test_no_step_goes_against_the_remembered_rows(base: Path, tmp_path: Path) ->
 
     agem = AGem(replace(AGEM, replay_ratio=1.0), seed=0)
     methods = [Watch(look_before), agem, Watch(look_after)]
-    learner = trainings.learner(base, tmp_path, methods, epochs=12, learning_rate=0.03)
+    size, passes = step
+    learner = trainings.learner(
+        base, tmp_path, methods, epochs=12, learning_rate=0.03, batch_size=size, accumulation=passes
+    )
     new = trainings.experience(learner, lesson("a", 8)).new
     old = [
         replace(
@@ -115,6 +120,26 @@ def test_reference_rows_count_as_rehearsed_and_are_not_learned(base: Path, tmp_p
         assert set(report.rehearsed) <= remembered
         assert report.replay_rows == 0
         assert not any(point.replayed for point in report.curve)
+
+
+def test_how_a_step_is_cut_does_not_change_who_helps(base: Path, tmp_path: Path) -> None:
+    old, new = lesson("a", 16), lesson("b", 8)
+    run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=AGEM))
+    data = snapshot(tmp_path / "2", new, memory=old)
+    rehearsed = []
+    for size, passes in ((8, 1), (2, 4)):
+        out, spec = tmp_path / f"{size}", replace(trainings.SPEC, batch_size=size, accumulation=passes)
+        rehearsed.append(run(job(base, data, out, tmp_path / "one", strategy=AGEM, train=spec)).rehearsed)
+    assert rehearsed[0] == rehearsed[1]
+    assert len(rehearsed[0]) > 1
+
+
+def test_a_policy_that_asks_what_was_forgotten_measures_it_for_agem_too(base: Path, tmp_path: Path) -> None:
+    hardest = replace(AGEM, replay_policy="hardest")
+    run(job(base, snapshot(tmp_path / "1", lesson("a", 8)), tmp_path / "one", strategy=hardest))
+    memory = replay_memory.load(result_files(tmp_path / "one")["state"])
+    assert memory is not None
+    assert all(trace.latest is not None for trace in memory.tasks["a"].values())
 
 
 def test_its_memory_is_that_of_replay(base: Path, tmp_path: Path) -> None:

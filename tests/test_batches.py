@@ -1,6 +1,7 @@
 """Batches of ids: what is learned is the answer alone, and padding changes nothing."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import log_softmax
 
+from storage.errors import TrainingError
 from strategies import batches
 from strategies.batches import (
     IGNORED,
@@ -26,6 +28,7 @@ from strategies.batches import (
 )
 from strategies.contract import LoraSpec
 from strategies.model import Base, fresh_adapter, load_base, trainable
+from tests import trainings
 from tests.toys import tiny_base, tiny_model_spec, tiny_rows
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=400)
@@ -104,6 +107,20 @@ def test_a_batch_is_padded_on_the_left_and_counts_positions_from_the_text() -> N
     assert (batch.rows, batch.answer_tokens, batch.replayed) == (2, 3, 1)
     assert Counter(vars(batch.to(torch.device("cpu"))).keys()) == Counter(vars(batch).keys())
     assert batch.to(torch.device("cpu")).replayed == 1
+
+
+def test_a_row_that_fits_no_more_loses_its_questions_beginning_and_never_its_answer(base: Base) -> None:
+    row = trainings.lesson("a", 1)[0]
+    (whole,) = encode([row], base.prompter)
+    tight = replace(base.prompter, max_tokens=whole.length - 3)
+    (cut,) = encode([row], tight)
+    before = len(base.prompter.pieces.before)
+    assert cut.length == whole.length - 3
+    assert cut.answer_ids == whole.answer_ids
+    assert cut.prompt_ids == (*whole.prompt_ids[:before], *whole.prompt_ids[before + 3 :])
+    none = replace(base.prompter, max_tokens=len(whole.answer_ids) + base.prompter.template_tokens - 2)
+    with pytest.raises(TrainingError, match=r"no room in model\.max_tokens = \d+ any more"):
+        encode([row], none)
 
 
 def test_a_pad_id_inside_the_text_is_still_text() -> None:

@@ -86,6 +86,19 @@ def test_a_memory_that_must_shrink_keeps_the_most_typical_rows() -> None:
     assert set(later.hashes) == {"x4", "y4", "z0"}
 
 
+@pytest.mark.parametrize("before", ["herding", "balanced"])
+@pytest.mark.parametrize("now", ["herding", "balanced"])
+def test_experiences_under_two_policies_share_the_room(before: str, now: str) -> None:
+    """A rank says how typical a row is; nobody's rank says nothing."""
+    memory = Memory(seed=0)
+    for policy, name in ((before, "old"), (now, "new")):
+        rows = [Seen(hash=f"{name}{n}", task="t", answer="x") for n in range(100)]
+        ranks = {row.hash: n for n, row in enumerate(rows)} if policy == "herding" else {}
+        memory = after(memory, rows, Room(rows=50), policy, ranks)
+    old = sum(row.startswith("old") for row in memory.hashes)
+    assert 10 <= old <= 40, "neither pushes the other out"
+
+
 def test_a_training_keeps_the_typical_rows_of_each_answer(base: Path, tmp_path: Path) -> None:
     seen: dict[str, int] = {}
     with pytest.MonkeyPatch.context() as patch:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from strategies.contract import LoraSpec, StrategySpec, result_files
+from strategies.joint import Joint
 from strategies.replay_memory import memory_hashes
+from tests import trainings
 from tests.trainings import SPEC, adapter_bytes, job, lesson, run, snapshot, state
 
 JOINT = StrategySpec(methods=("joint",), replay_size=3, replay_share=0.1)
@@ -30,6 +32,14 @@ def remembered(out: Path) -> list[str]:
 def test_all_rows_are_remembered_whatever_room_replay_has(home: Path) -> None:
     assert set(remembered(home / "one")) == {row.hash for row in OLD}
     assert set(remembered(home / "two")) == {row.hash for row in [*OLD, *NEW]}
+
+
+def test_a_policy_that_ranks_rows_costs_it_nothing(base: Path, tmp_path: Path) -> None:
+    joint = Joint(replace(JOINT, replay_policy="herding"), seed=0)
+    learner = trainings.learner(base, tmp_path, [joint])
+    learner.train(trainings.experience(learner, NEW), eval_streams=[])
+    assert joint.features is None
+    assert len(joint.memory) == 6
 
 
 def test_every_epoch_learns_all_rows_of_all_cycles(base: Path, home: Path) -> None:

@@ -268,6 +268,13 @@ def test_a_memory_without_ranks_is_read_and_was_kept_by_the_draw(tmp_path: Path)
     assert replay_memory.load(tmp_path) == Memory(seed=0, seen=1, tasks={"a": {"h": Trace(answer="x")}})
 
 
+def test_a_memory_of_before_is_read_as_one_that_nobody_ranked(tmp_path: Path) -> None:
+    trace = '{"answer": "x", "learned": null, "latest": null, "is_shared": false, "rank": 0}'
+    text = f'{{"format": 3, "seed": 0, "seen": 1, "tasks": {{"a": {{"h": {trace}}}}}, "spacing": {{}}}}'
+    (tmp_path / FILE).write_text(text)
+    assert replay_memory.load(tmp_path) == Memory(seed=0, seen=1, tasks={"a": {"h": Trace(answer="x")}})
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 1, "seed": 0, "tasks": {}}', '{"format": 2}'])
 def test_a_damaged_memory_is_an_integrity_error(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)
@@ -327,10 +334,27 @@ def test_the_report_names_the_remembered_rows_that_were_rehearsed(base: Path, tm
         out = tmp_path / f"patience {patience}"
         report = run(job(base, data, out, tmp_path / "one", strategy=everything, train=spec))
         memory = taught(base, old, size=40)
-        drawn = {row for epoch in range(report.epochs) for row in draw_equally(memory, 4, 0, epoch)}
+        drawn = {row for epoch in range(report.epochs) for row in draw_equally(memory, 4, "0/40", epoch)}
         assert report.rehearsed == tuple(sorted(drawn))
         assert len(drawn) == 4 * report.epochs
         assert report.stopped_early == bool(patience)
+
+
+def test_small_experiences_rehearse_other_rows_each_time_and_of_all_tasks(base: Path, tmp_path: Path) -> None:
+    """A row of 24 in each of two epochs; a draw that began anew in each cycle would never get further."""
+    old = [row for task in "abcdef" for row in lesson(task, 4)]
+    everything = replace(REPLAY, replay_size=100)
+    run(job(base, snapshot(tmp_path / "old", old), tmp_path / "0", strategy=everything))
+    known, rehearsed = list(old), set[str]()
+    for cycle in range(1, 7):
+        new = lesson("g", 1, start=cycle)
+        data = snapshot(tmp_path / f"rows {cycle}", new, memory=known)
+        report = run(job(base, data, tmp_path / f"{cycle}", tmp_path / f"{cycle - 1}", strategy=everything))
+        assert report.replay_rows == 1, "a single new row has company, too"
+        rehearsed |= set(report.rehearsed)
+        known += new
+    assert len(rehearsed) >= 8
+    assert len({row.task for row in known if row.hash in rehearsed}) >= 4
 
 
 def test_thinned_questions_lack_some_tokens_and_nothing_else(base: Path) -> None:

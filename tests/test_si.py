@@ -74,6 +74,33 @@ def test_importances_are_those_worked_out_by_hand() -> None:
     assert method.past.constant == 0
 
 
+def test_the_way_counts_as_far_as_the_epoch_that_is_kept() -> None:
+    """Two steps, of which the second made validation worse: it is as if there had been one."""
+    one, two = Si(SI, seed=0), Si(SI, seed=0)
+    slope, start = torch.tensor([2.0, 1.0]), (1.0, 2.0)
+    descend(one, Point(*start), slope, steps=1)
+
+    model, strategy = Point(*start), teacher(Point())
+    strategy.model = model
+    two.before_training_exp(strategy)
+    for kept in (True, False):
+        model.theta.grad = slope * model.theta.detach()
+        two.before_update(strategy)
+        with torch.no_grad():
+            model.theta -= 0.25 * model.theta.grad
+        two.after_update(strategy)
+        if kept:
+            two.mark_best()
+            best = model.theta.detach().clone()
+    with torch.no_grad():
+        model.theta.copy_(best)
+    two.after_training_exp(strategy)
+    assert one.past is not None
+    assert two.past is not None
+    torch.testing.assert_close(two.past.curvature["theta"], one.past.curvature["theta"])
+    assert two.midway().keys() == {"path/theta", "best/theta"}
+
+
 def test_importances_of_experiences_add_up_each_around_its_own_end() -> None:
     """Ω of the second: half of ½·4x² from x = 1 in one step of ¼·(4 + 10·H(1 − ½)), and so on by hand."""
     method, model = Si(SI, seed=0), Point(2.0)
