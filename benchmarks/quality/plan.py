@@ -140,7 +140,7 @@ _LONG = Course(
 _WIDE = Sizes(domains=5, rows=300, validation=30, suite=45)
 _TEN = Sizes(domains=10, rows=300, validation=30, suite=45)
 
-WINNERS = ("naive", "joint", "replay5", "replay5-thinned+lwf")
+WINNERS = ("naive", "joint", "replay5", "replay5-thinned+lwf-faster")
 
 PRESETS = {
     "small": Preset(
