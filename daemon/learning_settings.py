@@ -61,7 +61,7 @@ class Training(Section):
     min_rows: Positive = Field(
         8, description="Fewer new training rows than this: the cycle has nothing to do."
     )
-    learning_rate: float = Field(5e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(7.5e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
     epochs: Positive = Field(4, description="Passes over the new rows, at most.")
     batch_size: Positive = Field(8, description="Rows in one forward pass.")
     accumulation: Positive = Field(1, description="Forward passes in one optimiser step.")
@@ -117,7 +117,7 @@ class StrategySettings(Section):
         description="The same, as a share of all rows seen so far; the smaller of the two counts.",
     )
     replay_ratio: float = Field(
-        StrategySpec.replay_ratio,
+        0.4,
         ge=0,
         le=10,
         description="Replayed rows for each new row, in every epoch. Costs as much time.",
