@@ -182,15 +182,17 @@ class CycleRunner:
 
     def _jobs(self, cycle: Cycle, snapshot: Snapshot) -> Callable[[StrategySpec, Path], TrainJob]:
         """The cycle's training from its champion, for any strategy and place."""
-        specs, parent = examination.specs(snapshot), None
+        specs, parent, grown_from = examination.specs(snapshot), None, ""
         if cycle.parent is not None:
             parent = experience.parent_result(self.store, self.settings, cycle.parent)
             artifacts.verify(parent)
+            grown_from = examination.adapter_hash(result_files(parent)["adapter"])
         return lambda strategy, result: TrainJob(
             snapshot=str(self._snapshot_of(cycle)),
             out=str(result),
             work=str(result.parent / "work"),
             parent=str(parent) if parent else None,
+            parent_adapter=grown_from,
             model=specs.model,
             lora=specs.lora,
             train=specs.train,

@@ -154,6 +154,7 @@ def _session(
         out=str(out),
         model=spec.model,
         models={label: str(path) if path else None for label, path in adapters.items()},
+        keys=models,
         suites=tuple(SuiteJob(task=e.task, path=str(papers[e.task.name].path)) for e in exams),
         plan=tuple(
             (label, exam.task.name)

@@ -152,7 +152,8 @@ class TrainJob(Record):
 
     Result (written complete or not at all, `manifest.json` last): `adapter/` as PEFT saves it,
     `state/` (the continual state: one safetensors or JSON file a method), `report.json` (a TrainReport).
-    `work` holds the mid-training checkpoint and survives interruptions.
+    `work` holds the mid-training checkpoint and survives interruptions. The parent's hash makes the digest
+    say what the training grew from, not only where that lay.
     """
 
     snapshot: str
@@ -163,6 +164,7 @@ class TrainJob(Record):
     train: TrainSpec
     strategy: StrategySpec
     parent: str | None = None  # result directory of the champion's training; None: a fresh adapter
+    parent_adapter: str = ""  # SHA-256 of its weights
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -214,8 +216,8 @@ class EvaluateJob(Record):
     """`evaluate`: models and suites in, `predictions.parquet` out (`manifest.json` last).
 
     `models` maps a label (`base`, `champion`, `candidate`) to an adapter directory, or to null for
-    the bare base. `plan` names the (label, task) pairs that are to be answered: pairs whose
-    predictions are known already are simply not in it.
+    the bare base, and `keys` to what that model is, wherever it lies. `plan` names the (label, task)
+    pairs that are to be answered: pairs whose predictions are known already are simply not in it.
     Columns: model, task, row_hash, prediction, exact_match, token_f1, score (the task's metric).
     """
 
@@ -224,6 +226,7 @@ class EvaluateJob(Record):
     models: dict[str, str | None]
     suites: tuple[SuiteJob, ...]
     plan: tuple[tuple[str, str], ...]
+    keys: dict[str, str] = field(default_factory=dict)
     batch_size: int = 32
     max_new_tokens: int = 64
     threads: int = 0

@@ -13,7 +13,7 @@ from daemon import operations, promote, report
 from storage.errors import ConfigError, RegistryError, RegistryUnavailable
 from storage.records import State
 from storage.registry import Registry
-from strategies.contract import TaskKind, TrainReport
+from strategies.contract import EvaluateJob, TaskKind, TrainJob, TrainReport
 from tests.bots import FLAVOURS, Bot, lesson, make_bot, make_bot_again, two_promoted
 
 
@@ -186,6 +186,28 @@ def test_after_a_restored_backup_no_row_counts_as_learned_that_no_model_saw(bot:
     folder = bot.settings.state_dir / "cycles" / str(cycle.id) / "train"
     told = TrainReport.from_json((folder / "report.json").read_text())
     assert told.rows == len(bot.store.cycle_rows(cycle.id, "train")) == 46
+
+
+def test_jobs_say_what_they_start_from_and_not_only_where_that_lies(
+    bot: Bot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a whole backup was put back, another adapter may come to lie in the same place: what was made
+    from the one before is then not taken for what the same paths ask for."""
+    bot.collect(lesson("colours"))
+    bot.run()
+    jobs: list[TrainJob | EvaluateJob] = []
+    train, evaluate = bot.executor.train, bot.executor.evaluate
+    monkeypatch.setattr(bot.executor, "train", lambda job, *rest: jobs.append(job) or train(job, *rest))
+    monkeypatch.setattr(bot.executor, "evaluate", lambda job, *rest: jobs.append(job) or evaluate(job, *rest))
+    bot.collect(lesson("flavours", FLAVOURS))
+    bot.run()
+    champion, candidate = (model.adapter_hash for model in bot.store.models())
+    trained, examined = jobs
+    assert isinstance(trained, TrainJob)
+    assert trained.parent_adapter == champion
+    assert isinstance(examined, EvaluateJob)
+    assert (examined.keys["champion"], examined.keys["candidate"]) == (champion, candidate)
+    assert examined.keys.keys() == examined.models.keys()
 
 
 def test_mlflow_shows_what_a_cycle_was_run_with_whatever_the_configuration_says_since(
