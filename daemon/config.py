@@ -87,6 +87,7 @@ _TASKS_EXAMPLE = [
     '# kind = "free"            # free text, or "labels": one of a closed set',
     '# labels = ["yes", "no"]   # the closed set; unset: the answers seen so far',
     '# metric = "token_f1"      # exact_match, token_f1 or accuracy: what the gate compares',
+    "# The first two drop punctuation and articles, as SQuAD does: to them C++ is C#, and -5 is 5.",
 ]
 
 
