@@ -370,7 +370,7 @@ def test_times_of_other_conditions_are_not_compared() -> None:
         return {entry.name: entry.time and entry.time.mean for entry in board.measured}
 
     assert times() == {"naive": 1.0, "ewc": 2.0, "si": None, "lwf": None}
-    found[0] = replace(found[0], timed_again={"2026-01-02": 200})
+    found[0] = replace(found[0], timed_again={found[2].timed_by: 200})
     assert times() == {"naive": 1.0, "ewc": 2.0, "si": 1.5, "lwf": None}, "naive was timed on both days"
 
 

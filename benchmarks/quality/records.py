@@ -56,8 +56,8 @@ class RunRecord(Record):
 
     @property
     def timed_by(self) -> str:
-        """Times are compared between records for which this is the same: those of one day, unless said."""
-        return self.clock or self.date
+        """Times are compared between records for which this is the same: of a day and a machine, unless said."""
+        return self.clock or f"{self.date}, {self.hardware}"
 
     def seconds_by(self, clock: str) -> float | None:
         """CPU seconds of training under these conditions, if this run was ever timed under them."""
