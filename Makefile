@@ -52,7 +52,7 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p storage -p strategies -p daemon -p benchmarks
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TEST_ARGS)
 
 test-faults: setup
 	$(BIN)/python -m tests.faults --faults $(FAULTS) --seed $(SEED) --first $(FIRST) \
