@@ -31,8 +31,9 @@ def no_erased_row_is_left_anywhere(evidence: Evidence) -> Iterator[Wrong]:
     for row in evidence.every_row():
         if not erased.isdisjoint((row.hash, identity(row)[0])):
             yield Wrong(message=f"row {row.hash} was erased and is in the store", next=_again(row.hash))
+    default_task = evidence.settings.source.default_task
     for refused in evidence.store.quarantined(ALL):
-        if refused.hash in erased or content_hash(refused.raw) in erased:
+        if refused.hash in erased or content_hash(refused.raw, default_task) in erased:
             told = f"the quarantined row {refused.hash} was erased and is in the store"
             yield Wrong(message=told, next=_again(refused.hash))
     for model, exam in evidence.sat:

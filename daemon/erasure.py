@@ -44,12 +44,6 @@ class Plan:
     moves: bool  # whether that is another one than now
     suites: list[str]  # frozen ones that lose a row
 
-    @property
-    def hashes(self) -> list[str]:
-        """What is left of them. A refused row might be taken in once what it contradicted is gone."""
-        refused = [one for each in self.quarantined for one in (each.hash, content_hash(each.raw))]
-        return [*(row.hash for row in self.rows), *refused]
-
 
 def choice(
     row: str | None, task: str | None, before: str | None, contains: str | None, where: list[str]
@@ -104,7 +98,8 @@ def begin(settings: Settings, store: Store, wanted: Choice, who: str, why: str) 
     """From here on no row is there, nothing that learned one serves, and a running cycle is cancelled."""
     with store.transaction():
         found = plan(store, wanted)
-        erasure = store.erase(found.hashes, found.versions, rebuild=found.moves, who=who, why=why)
+        gone = _hashes(settings, store, found)
+        erasure = store.erase(gone, found.versions, rebuild=found.moves, who=who, why=why)
         if found.moves:
             told = f"erasure {erasure.id}: {why}"
             store.promote(found.champion, cycle_id=None, kind="erasure", who=who, why=told)
@@ -112,7 +107,7 @@ def begin(settings: Settings, store: Store, wanted: Choice, who: str, why: str) 
             if cycle.state is not State.REQUESTED:  # it may have read the rows
                 store.event("cancel", cycle.id, by=who, erasure=erasure.id)
         _forget_labels(settings, store)
-    log.info("erasure %d: %d rows", erasure.id, len(found.hashes), extra={"action": "erased"})
+    log.info("erasure %d: %d rows", erasure.id, len(gone), extra={"action": "erased"})
     return erasure
 
 
@@ -175,12 +170,20 @@ def _is_meant(refused: Rejected, wanted: Choice, questions: Collection[str]) -> 
     )
 
 
-def content_hash(raw: str) -> str:
-    """The hash that a quarantined row would have as a row."""
-    said = json.loads(raw)
-    task, question, answer, context = (
-        str(said.get(name) or "") for name in ("task", "question", "answer", "context")
-    )
+def _hashes(settings: Settings, store: Store, found: Plan) -> list[str]:
+    """What is left of them. A refused row might be taken in once what it contradicted is gone; what was taken
+    in meanwhile is a row of its own, and stays unless it is meant itself."""
+    rows = [row.hash for row in found.rows]
+    contents = [content_hash(each.raw, settings.source.default_task) for each in found.quarantined]
+    alive = store.survey().known(contents) - {*rows}
+    return [*rows, *(each.hash for each in found.quarantined), *(one for one in contents if one not in alive)]
+
+
+def content_hash(raw: str, default_task: str) -> str:
+    """The hash that a quarantined row would have as a row. Of a shortened one that cannot be told."""
+    said = {name: value for name, value in json.loads(raw).items() if value is not None}
+    question, answer, context = (str(said.get(name, "")) for name in ("question", "answer", "context"))
+    task = str(said.get("task", "")).strip() or default_task
     return Row(id="", task=task, question=question, answer=answer, context=context).hash
 
 

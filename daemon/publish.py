@@ -13,6 +13,7 @@ from typing import Any
 from daemon import examination, promote, report, rescue
 from daemon.settings import Settings
 from storage import artifacts, snapshots
+from storage.errors import RegistryError, RegistryUnavailable
 from storage.records import Candidate, Cycle, ModelVersion, Score
 from storage.registry import CycleRecord, Matrix, Registry
 from storage.runs import CLASSES, TradeOff
@@ -30,8 +31,7 @@ def publish(store: Store, registry: Registry, settings: Settings, cycle: Cycle, 
     """
     result = settings.state_dir / candidate.result
     artifacts.verify(result)
-    if ours := _witness(store):
-        registry.check_has(ours.version, ours.adapter_hash)
+    _check_is_ours(store, registry)
     info = _info(settings, cycle)
     record = _record(store, settings, cycle, candidate, info)
     version = registry.publish(record)
@@ -41,10 +41,21 @@ def publish(store: Store, registry: Registry, settings: Settings, cycle: Cycle, 
     return version
 
 
-def _witness(store: Store) -> ModelVersion | None:
-    """A version that the right MLflow has: the champion, as others may have been deleted there by hand."""
-    models = store.models()
-    return promote.serving(store) or (models[-1] if models else None)
+def _check_is_ours(store: Store, registry: Registry) -> None:
+    """That this MLflow has the champion or, without one, any of our versions: the others may have been
+    deleted there by hand."""
+    serving = promote.serving(store)
+    left = [serving] if serving else store.models()
+    while left:
+        model = left.pop()
+        try:
+            registry.check_has(model.version, model.adapter_hash)
+            return
+        except RegistryUnavailable:
+            raise
+        except RegistryError:
+            if not left:
+                raise
 
 
 def parameters(settings: Settings, used: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, str]:

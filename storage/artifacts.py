@@ -34,7 +34,7 @@ def write_file(path: str | Path, data: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def write_manifest(directory: str | Path, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -55,10 +55,10 @@ def sync(directory: str | Path, *, names_upto: Path | None = None) -> None:
     parents, up to those in `names_upto`."""
     for folder, _, names in os.walk(directory):
         for name in names:
-            _fsync(Path(folder, name))
-        _fsync(Path(folder))
+            fsync(Path(folder, name))
+        fsync(Path(folder))
     for parent in Path(directory).parents if names_upto else ():
-        _fsync(parent)
+        fsync(parent)
         if parent == names_upto:
             break
 
@@ -69,7 +69,7 @@ def make_folder(path: str | Path) -> Path:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
-        _fsync(folder.parent)
+        fsync(folder.parent)
     return path
 
 
@@ -126,7 +126,7 @@ def atomic_dir(final: str | Path, extra: Mapping[str, Any] | None = None) -> Ite
     except BaseException:
         _remove(aside)
         raise
-    _fsync(final.parent)
+    fsync(final.parent)
     _remove(old)
 
 
@@ -148,7 +148,8 @@ def _files(root: Path) -> dict[str, Path]:
     return {path.relative_to(root).as_posix(): path for path in paths if path != root / MANIFEST}
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 import duckdb
 
+from storage.artifacts import fsync
 from storage.errors import UNREADABLE, IntegrityError, StoreBusy, StoreError
 
 SQL = Path(__file__).parent / "sql"
@@ -125,6 +126,7 @@ class Database:
             connection.execute("DETACH holdfast_new")
             self._let_go()  # writes its journal into the file that goes
             os.replace(aside, self.path)
+            fsync(self.path.parent)  # before there is a journal, which fits the new file only
             self._use()
 
     def refresh(self) -> None:

@@ -6,7 +6,7 @@ Part of `storage.registry`, which alone calls it and says in words what goes wro
 import logging
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -37,10 +37,21 @@ def asked_once() -> Iterator[None]:
 
 
 def all_versions(client: Any, wanted: str) -> Iterator[Any]:
-    """Every page of a search."""
+    return _pages(lambda token: client.search_model_versions(wanted, page_token=token))
+
+
+def all_runs(client: Any, experiment: str, wanted: str) -> Iterator[Any]:
+    """Those that somebody deleted, too: their files are there until `mlflow gc`."""
+    from mlflow.entities import ViewType
+
+    return _pages(lambda token: client.search_runs([experiment], wanted, ViewType.ALL, page_token=token))
+
+
+def _pages(search: Callable[[str | None], Any]) -> Iterator[Any]:
+    """Everything that a search finds."""
     token = None
     while True:
-        page = client.search_model_versions(wanted, page_token=token)
+        page = search(token)
         yield from page
         token = page.token
         if not token:

@@ -174,16 +174,19 @@ class Registry:
             for run in self._runs(client, experiment, {}, "attributes.status = 'RUNNING'"):
                 if CYCLE_TAG in run.data.tags:  # the other one is the stream's
                     self._remove_runs(client, experiment, int(run.data.tags[CYCLE_TAG]))
+            for run in list(mlflow_client.all_runs(client, experiment, self._ours({}))):
+                name, is_deleted = run.info.run_id, run.info.lifecycle_stage == "deleted"
+                if int(run.data.tags.get(CYCLE_TAG, 0)) in cycles or is_deleted:
+                    mlflow_client.remove_files(
+                        client, self._connection.uri, name, (MODEL_DIR, runs.PREDICTIONS, runs.CLASSES)
+                    )
+                elif CYCLE_TAG in run.data.tags:
+                    with self._staging() as folder:
+                        mlflow_client.remove_lines(client, self._connection.uri, name, rows, folder)
             for one in mlflow_client.all_versions(client, f"name = '{self._bot}' and {self._ours({})}"):
                 if int(one.tags.get(CYCLE_TAG, 0)) in cycles:
-                    mlflow_client.remove_files(
-                        client, self._connection.uri, one.run_id, (MODEL_DIR, runs.PREDICTIONS, runs.CLASSES)
-                    )
                     for key, value in runs.tags(tags).items():
                         client.set_model_version_tag(self._bot, one.version, key, value)
-                else:
-                    with self._staging() as folder:
-                        mlflow_client.remove_lines(client, self._connection.uri, one.run_id, rows, folder)
 
     def look(self) -> Listing:
         """What MLflow has of this store. Makes nothing: no database, no experiment."""

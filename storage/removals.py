@@ -63,7 +63,7 @@ class Removals(RowStore):
             self.taint(tainted, erasure.id)
             for query in (
                 "erase_quarantine", "erase_labels", "erase_predictions", "veil_predictions",
-                "heir_supersessions", "erase_supersessions", "erase_rows",
+                "heir_supersessions", "last_supersessions", "erase_supersessions", "erase_rows",
             ):  # fmt: skip
                 self._db.rows(query)
             self.event("erased", erasure=erasure.id, rows=len(hashes), who=who, why=why)

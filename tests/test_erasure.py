@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from daemon.executor import Stop
 from storage.errors import ControlError, Interrupted, RegistryUnavailable
 from storage.records import State
 from storage.removals import Removals
-from storage.rows import Row
+from storage.rows import Row, Split
 from storage.store import Store
 from tests.bots import FLAVOURS, Bot, audited, lesson, make_bot, put_back
 from tests.daemons import DaemonProcess, cli
@@ -120,6 +121,46 @@ def test_the_rebuild_learns_everything_else_and_the_next_pull_does_not_bring_it_
     assert audited(bot) == []
     retention.prune(bot.settings, bot.store, bot.registry)
     assert audited(bot) == []
+
+
+def test_what_was_refused_once_and_taken_in_since_stays_unless_it_is_meant_itself(bot: Bot) -> None:
+    """The line of quarantine goes, as it has the question; the row is another one, and may be learned."""
+    (refused,) = bot.store.quarantined()
+    late = Row(id="late", task="flavours", question=SECRETS["train"], answer="sweet", split=Split.TRAIN)
+    bot.store.accept([late], refused.source, on_conflict="newest")
+    told = {"row": "s-train", "task": None, "before": None, "contains": None, "where": []}
+    planned = operations.erase_plan(bot.store, **told)
+    erase(bot, row="s-train")
+    assert [row.id for row in bot.store.rows_by_hash([late.hash])] == ["late"]
+    assert bot.store.superseded([late.hash]) == set()
+    assert bot.store.quarantined() == []
+    assert (sum(line["rows"] for line in planned["rows"]), planned["versions"]) == (1, [2, 3])
+    assert bot.store.tainted() == {2, 3}
+    assert audited(bot) == []
+
+
+def test_a_refused_row_is_known_again_whatever_it_lacked() -> None:
+    row = Row(id="1", task="general", question="how many", answer="0")
+    for raw in (
+        '"question": "how many", "answer": 0',
+        '"task": null, "question": "How many", "answer": "0"',
+    ):
+        assert erasure.content_hash(f"{{{raw}}}", "general") == row.hash
+
+
+@pytest.mark.parametrize("deleted", ["version", "run"])
+def test_what_somebody_deleted_in_mlflow_is_erased_there_too(bot: Bot, deleted: str) -> None:
+    """Deleting a version leaves its run, and deleting a run leaves its files."""
+    client = bot.registry._connection.client()
+    run = client.get_model_version("test-bot", "2").run_id
+    client.delete_model_version("test-bot", "2")
+    if deleted == "run":
+        client.delete_run(run)
+    artifacts = bot.settings.state_dir / "artifacts"
+    assert any(run in str(path) for path in artifacts.rglob("model")), "else the test would prove nothing"
+    erase(bot, row="s-train")
+    assert files_with(bot, "zanzibar-train") == []
+    assert not any(run in str(path) for path in artifacts.rglob("model")), "an adapter that learned it"
 
 
 def test_a_suite_gets_a_version_without_the_row_and_nobody_falls(bot: Bot) -> None:
@@ -299,6 +340,24 @@ def test_an_answer_whose_successor_is_erased_counts_again(tmp_path: Path) -> Non
         assert store.superseded([first]) == set()
         assert store.survey().stray_supersessions() == []
         assert store.survey().unanswered() == []
+
+
+def test_of_several_answers_whose_successor_is_erased_the_last_one_counts(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store.duckdb") as store:
+        days = [("9", 1), ("10", 2), ("11", 3), ("10", 4)]
+        told = [
+            Row(id=a, task="shop", question="when is it open", answer=a, created_at=datetime(2026, 1, day))
+            for a, day in days
+        ]
+        for row in told:
+            store.accept([row], "test", shares=(0.0, 0.0))
+        first, second, third = (row.hash for row in told[:3])
+        assert store.superseded([first, second, third]) == {first, third}
+        store.erase([second], [], rebuild=False, who="ann", why="x")
+        assert store.superseded([first, third]) == {first}
+        assert store.survey().stray_supersessions() == []
+        store.erase([third], [], rebuild=False, who="ann", why="x")
+        assert store.superseded([first]) == set()
 
 
 def test_the_command_says_what_it_will_do_and_asks(bot: Bot, base: Path) -> None:

@@ -158,6 +158,16 @@ def test_a_version_deleted_by_hand_stops_no_later_cycle_unless_it_serves(bot: Bo
     assert run_again(bot, cycle.id).state.ended
 
 
+def test_without_a_champion_any_version_shows_that_it_is_the_right_mlflow(bot: Bot) -> None:
+    two_promoted(bot)
+    for why in ("rude answers", "wrong answers"):
+        promote.rollback(bot.store, bot.registry, "ana", why)
+    assert promote.serving(bot.store) is None
+    MlflowClient(bot.settings.tracking_uri).delete_model_version(bot.settings.bot.name, "2")
+    bot.collect(lesson("shapes", FLAVOURS))
+    assert bot.run().state is State.PROMOTED
+
+
 def test_a_bot_with_versions_keeps_its_name(bot: Bot) -> None:
     named = bot.settings.model_copy(update={"bot": bot.settings.bot.model_copy(update={"name": "other"})})
     operations.keep_name(bot.settings, bot.store)

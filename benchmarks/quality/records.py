@@ -56,7 +56,7 @@ class RunRecord(Record):
 
     @property
     def timed_by(self) -> str:
-        """Times are compared between records for which this is the same: of a day and a machine, unless said."""
+        """Times are compared between records that have the same: a day and a machine, unless said."""
         return self.clock or f"{self.date}, {self.hardware}"
 
     def seconds_by(self, clock: str) -> float | None:

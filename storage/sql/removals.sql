@@ -89,6 +89,17 @@ UPDATE supersessions SET by_hash = heir.hash FROM (
 ) AS heir
 WHERE supersessions.row_hash = heir.lost AND supersessions.by_hash IN (SELECT hash FROM erased);
 
+-- Where no answer is left that counts, the one that fell last counts again, and has taken the others' place.
+-- name: last_supersessions
+UPDATE supersessions SET by_hash = heirs.hash FROM (
+    WITH fallen AS (
+        SELECT rows.hash, rows.key, superseded.seq FROM superseded JOIN rows ON rows.hash = superseded.row_hash
+        WHERE superseded.by_hash IN (SELECT hash FROM erased) AND rows.hash NOT IN (SELECT hash FROM erased)
+    ), heirs AS (SELECT key, hash FROM fallen QUALIFY seq = max(seq) OVER (PARTITION BY key))
+    SELECT fallen.hash AS lost, heirs.hash FROM fallen JOIN heirs USING (key) WHERE fallen.hash <> heirs.hash
+) AS heirs
+WHERE supersessions.row_hash = heirs.lost AND supersessions.by_hash IN (SELECT hash FROM erased);
+
 -- name: erase_supersessions
 DELETE FROM supersessions
 WHERE row_hash IN (SELECT hash FROM erased) OR by_hash IN (SELECT hash FROM erased);
