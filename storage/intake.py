@@ -82,14 +82,17 @@ def pull(
 ) -> IntakeReport:
     """Everything new in the source into the store.
 
-    The cursor moves only when every batch is stored; a crash before that means reading again.
+    The cursor moves only when every batch is stored; a crash before that means reading again. It says nothing
+    of other columns than those that were read: then everything is compared.
     """
-    cursor = store.cursor(source.name)
+    place, columns = f"columns of {source.name}", repr(source.spec.columns)
+    cursor = store.cursor(source.name) if store.get_meta(place) == columns else None
     report = take(
         source.batches(cursor), store, source.spec, shares=shares, count_tokens=count_tokens,
         max_tokens=max_tokens, source_name=source.name,
     )  # fmt: skip
     store.save_cursor(source.name, source.next_cursor(cursor))
+    store.set_meta(place, columns)
     return report
 
 

@@ -100,7 +100,10 @@ class DuckDBSource:
         opening may wait for the next pull, so that a busy collector cannot keep a pull going for ever. A
         link that is moved to another file meanwhile counts from the next pull on.
         """
-        self._file = self.path.resolve()
+        try:
+            self._file = self.path.resolve()
+        except (OSError, RuntimeError) as error:  # a link that leads back to itself
+            raise SourceError(f"{self.path} cannot be followed: {error}; set source.path") from None
         self._started = self._clock()
         self._full = self._needs_full_scan(cursor, self._started)
         self._newest = self._capped(_microseconds(cursor.watermark)) if cursor and cursor.watermark else 0
@@ -229,7 +232,8 @@ class DuckDBSource:
                 f"{listed(names)}. Set source.table"
             )
         its_schema, its_name, is_table = fitting[0]
-        target = f"{quote(its_schema)}.{quote(its_name)}"
+        (catalog,) = connection.execute("SELECT current_database()").fetchone()
+        target = ".".join(map(quote, (catalog, its_schema, its_name)))  # a schema may have the file's name
         described = connection.execute(f"DESCRIBE SELECT * FROM {target}").fetchall()
         types = {line[0].casefold(): str(line[1]) for line in described}
         self._require_columns([line[0] for line in described])
@@ -250,7 +254,9 @@ class DuckDBSource:
         waited, pause = 0.0, _FIRST_PAUSE
         while True:
             try:
-                return duckdb.connect(str(self._file), read_only=True, config=_CONFIG)
+                connection = duckdb.connect(str(self._file), read_only=True, config=_CONFIG)
+                connection.execute("SET TimeZone = 'UTC'")  # of texts that name none
+                return connection
             except duckdb.Error as error:
                 if not _is_busy(error):
                     raise self._explain(error) from None
@@ -272,7 +278,14 @@ class DuckDBSource:
 
     def _explain(self, error: Exception) -> SourceError:
         text = _first_line(error)
-        if not self._file.exists():
+        try:
+            is_there = self._file.exists()
+        except PermissionError:
+            return SourceError(
+                f"{self._file} is in a folder that is closed to this account; put it where it can be read, "
+                "and set source.path"
+            )
+        if not is_there:
             return SourceError(f"there is no file {self._file}; set source.path to your collector's DuckDB")
         if "version number" in text:
             return SourceError(
@@ -313,10 +326,12 @@ def _expression(field: str, name: str, kind: str) -> str:
 def _as_microseconds(name: str, kind: str) -> str:
     """A column of times as integers: the same for every kind of timestamp, whatever time zone the
     connection has. NULL for what is no finite time."""
-    if kind.startswith(("TIMESTAMP", "DATE")):
+    if kind == "TIMESTAMP WITH TIME ZONE":
         return f"epoch_us({quote(name)})"
-    if kind == "VARCHAR":
+    if kind.startswith(("TIMESTAMP", "DATE")):  # tried, as there are dates that no timestamp reaches
         return f"epoch_us(TRY_CAST({quote(name)} AS TIMESTAMP))"
+    if kind == "VARCHAR":
+        return f"epoch_us(TRY_CAST({quote(name)} AS TIMESTAMPTZ))"
     raise SourceError(
         f"the column {name!r} is {kind}, not a timestamp; set source.columns.created_at to a TIMESTAMP "
         'column, or to "" to compare all rows at every pull'

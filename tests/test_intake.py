@@ -386,6 +386,21 @@ def test_a_crash_between_two_batches_loses_nothing_and_doubles_nothing(store: St
     assert cursor.watermark == NOW
 
 
+def test_the_cursor_of_one_column_says_nothing_of_another(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "qa.duckdb"
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("CREATE TABLE qa (id INT, task TEXT, question TEXT, answer TEXT, a DATE, b DATE)")
+        connection.execute("INSERT INTO qa VALUES (1, 't', 'q one', 'x', '2026-02-01', '2026-01-01')")
+    by_a, by_b = (
+        DuckDBSource(SourceSpec(path=path, columns=Columns(created_at=name)), clock=lambda: NOW)
+        for name in ("a", "b")
+    )
+    assert pull(by_a, store, shares=SHARES).accepted == 1
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("INSERT INTO qa VALUES (2, 't', 'q two', 'x', '2026-02-02', '2026-01-02')")
+    assert pull(by_b, store, shares=SHARES).accepted == 1
+
+
 def test_fifty_thousand_rows_cost_a_few_statements_not_one_a_row(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,13 +158,18 @@ def test_without_a_time_column_everything_is_compared(path: Path) -> None:
             ("TIMESTAMP_NS", "2026-02-01 10:00:00.000001", datetime(2026, 2, 1, 10, 0, 0, 1)),
             ("DATE", "2026-02-01", datetime(2026, 2, 1)),
             ("VARCHAR", "2026-02-01T10:00:00", datetime(2026, 2, 1, 10)),
+            ("VARCHAR", "2026-02-01T10:00:00+02:00", datetime(2026, 2, 1, 8)),
+            ("VARCHAR", "2026-02-01 10:00:00-05", datetime(2026, 2, 1, 15)),
+            ("VARCHAR", "2026-02-01T10:00:00Z", datetime(2026, 2, 1, 10)),
             ("VARCHAR", "last week", None),
+            ("DATE", "5000000-01-01", None),
             ("TIMESTAMP", "infinity", None),
             ("TIMESTAMP", "-infinity", None),
         ]
     ]
     + [
         ("TIMESTAMP", "290000-01-01 00:00:00", None, NOW),
+        ("TIMESTAMP_S", "290000-01-01 00:00:00", None, NOW),
         ("TIMESTAMP", "2027-01-01 00:00:00", datetime(2027, 1, 1), NOW),
         ("TIMESTAMP", "1960-01-01 00:00:00", datetime(1960, 1, 1), None),
     ],
@@ -183,6 +188,25 @@ def test_every_kind_of_time_is_understood_and_none_breaks_the_pull(
     cursor = source.next_cursor(None)
     assert cursor.watermark == watermark
     assert sum(map(len, source.batches(cursor))) == 1
+
+
+def test_a_schema_may_have_the_files_name(tmp_path: Path) -> None:
+    path = tmp_path / "app.duckdb"
+    write(
+        path,
+        "CREATE SCHEMA app.app",
+        "CREATE TABLE app.app.qa (id INT, task TEXT, question TEXT, answer TEXT)",
+        "INSERT INTO app.app.qa VALUES (1, 't', 'q', 'a')",
+    )
+    (batch,) = DuckDBSource(SourceSpec(path=path, table="app.qa"), clock=Clock()).batches(None)
+    assert batch[0].values["question"] == "q"
+
+
+def test_a_link_to_itself_is_told_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "qa.duckdb"
+    path.symlink_to(path)
+    with pytest.raises(SourceError, match=r"qa\.duckdb.* set source\.path"):
+        list(DuckDBSource(SourceSpec(path=path), clock=Clock()).batches(None))
 
 
 def test_a_number_is_not_taken_for_a_time(path: Path) -> None:
