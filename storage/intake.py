@@ -228,6 +228,8 @@ def _scalar_text(name: str, value: object) -> str:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, Decimal) and value.is_finite():
+        return format(value, "f")  # str says 1E-7
     if isinstance(value, int | Decimal | date | uuid.UUID) or (
         isinstance(value, float) and math.isfinite(value)
     ):

@@ -297,6 +297,9 @@ class DuckDBSource:
         )
 
 
+_AS_TEXT = ("TIME", "DATE", "INTERVAL", "FLOAT", "DECIMAL", "UHUGEINT", "BIT", "BIGNUM")
+
+
 def quote(name: str) -> str:
     """Any text as an SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
@@ -315,10 +318,11 @@ def _split_name(text: str) -> tuple[str, str]:
 
 
 def _expression(field: str, name: str, kind: str) -> str:
-    """How a column is read. Times leave DuckDB as text or numbers: Python has no year 290000."""
+    """How a column is read. Times leave DuckDB as text or numbers: Python has no year 290000. So do numbers
+    that Python would write in another way, or Arrow not at all."""
     if field == "created_at":
         return _as_microseconds(name, kind)
-    if kind.startswith(("TIME", "DATE", "INTERVAL")):
+    if kind.startswith(_AS_TEXT):
         return f"CAST({quote(name)} AS VARCHAR)"
     return quote(name)
 

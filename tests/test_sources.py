@@ -209,6 +209,30 @@ def test_a_link_to_itself_is_told_in_words(tmp_path: Path) -> None:
         list(DuckDBSource(SourceSpec(path=path), clock=Clock()).batches(None))
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "told"),
+    [
+        ("FLOAT", "0.1", "0.1"),
+        ("DECIMAL(18,10)", "0.0000001", "0.0000001000"),
+        ("DECIMAL(18,2)", "12.50", "12.50"),
+        ("UHUGEINT", "340282366920938463463374607431768211455", "340282366920938463463374607431768211455"),
+        ("BIT", "'101'", "101"),
+        ("BIGINT", "9007199254740993", 9007199254740993),
+        ("DOUBLE", "0.1", 0.1),
+    ],
+)
+def test_numbers_are_answers_as_the_collector_writes_them(
+    path: Path, kind: str, value: str, told: object
+) -> None:
+    write(
+        path,
+        f"CREATE TABLE qa (id INT, task TEXT, question TEXT, answer {kind})",
+        f"INSERT INTO qa VALUES (1, 't', 'q', {value})",
+    )
+    (row,) = values(SourceSpec(path=path))
+    assert row["answer"] == told
+
+
 def test_a_number_is_not_taken_for_a_time(path: Path) -> None:
     write(path, "CREATE TABLE qa (id INT, task TEXT, question TEXT, answer TEXT, created_at BIGINT)")
     with pytest.raises(SourceError, match=r"'created_at' is BIGINT.*source.columns.created_at"):
