@@ -4,7 +4,6 @@ Translates the settings into what `storage.sources` and `storage.intake` want; d
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -55,12 +54,6 @@ def take_in_files(
         said = f"{error}. What was read before that is kept: {taken}. `daemon ingest` again takes the rest"
         raise type(error)(said) from None
     return taken
-
-
-def check_source(settings: Settings) -> str:
-    """What a pull would find, in words; raises `SourceError` as a pull would, without waiting long."""
-    spec = replace(source_spec(settings), busy_timeout=min(settings.source.busy_timeout, 2.0))
-    return f"{spec.table} in {spec.path}, {sources.DuckDBSource(spec).look():,} rows"
 
 
 def source_spec(settings: Settings) -> sources.SourceSpec:

@@ -108,8 +108,8 @@ def verify(directory: str | Path) -> dict[str, Any]:
 def atomic_dir(final: str | Path, extra: Mapping[str, Any] | None = None) -> Iterator[Path]:
     """A directory to fill, which becomes `final` with its manifest when the block ends well.
 
-    On an error nothing of it remains. An earlier `final` is replaced: check `is_complete` first where
-    the earlier one should stay. `extra` is read at the end, so the block may still add to it.
+    On an error nothing of it remains, and an earlier `final` stays. After a good end that one is replaced:
+    check `is_complete` first where it should stay. `extra` is read at the end: the block may still add to it.
     """
     final = Path(final)
     make_folder(final.parent)
@@ -124,6 +124,8 @@ def atomic_dir(final: str | Path, extra: Mapping[str, Any] | None = None) -> Ite
             final.rename(old)
         aside.rename(final)
     except BaseException:
+        if old.exists() and not final.exists():
+            old.rename(final)
         _remove(aside)
         raise
     fsync(final.parent)

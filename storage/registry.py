@@ -57,9 +57,6 @@ class Registry:
         """The tracking URI without its password."""
         return self._connection.shown_uri
 
-    def model_uri(self, version: int) -> str:
-        return f"models:/{self._bot}/{version}"
-
     def check(self) -> None:
         """Raises RegistryUnavailable when MLflow cannot be used now."""
         with self._connection.use():

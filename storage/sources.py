@@ -116,12 +116,6 @@ class DuckDBSource:
             for start in range(0, table.num_rows, self.spec.batch_rows):
                 yield self._raw_rows(table.slice(start, self.spec.batch_rows))
 
-    def look(self) -> int:
-        """Opens the source once and checks table and columns; the number of rows in it."""
-        with self._open() as connection:
-            target, _, _ = self._look(connection)
-            return int(connection.execute(f"SELECT count(*) FROM {target}").fetchone()[0])
-
     def next_cursor(self, cursor: Cursor | None) -> Cursor:
         """Where the next pull starts, once every batch is safely stored."""
         if self._started is None:

@@ -109,7 +109,7 @@ def test_names_of_tables_and_columns_are_names_and_never_sql(tmp_path: Path) -> 
     read = [row for batch in DuckDBSource(spec).batches(None) for row in batch]
     assert [row.values["question"] for row in read] == ["what"]
     with pytest.raises(HoldfastError, match="quotes doubled"):
-        DuckDBSource(SourceSpec(path=path, table=table)).look()
+        DuckDBSource(SourceSpec(path=path, table=table))
     with duckdb.connect(str(path), read_only=True) as connection:
         assert connection.execute("SELECT count(*) FROM kept").fetchall() == [(0,)]
 

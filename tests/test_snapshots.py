@@ -1,5 +1,6 @@
 """Directories that are complete or not there, and snapshots that are what their name says."""
 
+import errno
 import json
 from dataclasses import replace
 from datetime import datetime
@@ -87,6 +88,25 @@ def test_an_error_leaves_nothing_behind(tmp_path: Path, error: type[BaseExceptio
         fill(folder)
         raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_at_the_very_end_leaves_the_earlier_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with atomic_dir(tmp_path / "out") as folder:
+        fill(folder)
+    rename = Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if self.name == ".out.tmp":
+            raise OSError(errno.ENOSPC, "no space left")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="no space"), atomic_dir(tmp_path / "out"):
+        pass
+    assert set(verify(tmp_path / "out")["files"]) == {"a.bin", "sub/b.txt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_leftovers_of_a_crash_are_cleared_and_an_earlier_result_is_replaced(tmp_path: Path) -> None:
