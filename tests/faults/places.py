@@ -37,7 +37,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         "storage.store:Store.promote",
         "storage.artifacts:write_manifest",
         "storage.artifacts:write_file",
-        "storage.artifacts:_fsync",
+        "storage.artifacts:fsync",
         "pathlib:Path.rename",
         "daemon.executor:WorkerExecutor._run",
         "daemon.promote:repair_alias",
@@ -60,7 +60,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         "strategies.evaluation:_generate",
         "storage.artifacts:write_manifest",
         "storage.artifacts:write_file",
-        "storage.artifacts:_fsync",
+        "storage.artifacts:fsync",
         "pathlib:Path.rename",
     ),
 }
