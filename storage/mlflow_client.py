@@ -40,11 +40,15 @@ def all_versions(client: Any, wanted: str) -> Iterator[Any]:
     return _pages(lambda token: client.search_model_versions(wanted, page_token=token))
 
 
-def all_runs(client: Any, experiment: str, wanted: str) -> Iterator[Any]:
-    """Those that somebody deleted, too: their files are there until `mlflow gc`."""
+def all_runs(client: Any, experiment: str, wanted: str, *, deleted: bool = False) -> Iterator[Any]:
+    """The oldest first; if asked for, also those that somebody deleted, whose files are there until `mlflow
+    gc`."""
     from mlflow.entities import ViewType
 
-    return _pages(lambda token: client.search_runs([experiment], wanted, ViewType.ALL, page_token=token))
+    view, order = ViewType.ALL if deleted else ViewType.ACTIVE_ONLY, ["start_time ASC"]
+    return _pages(
+        lambda token: client.search_runs([experiment], wanted, view, order_by=order, page_token=token)
+    )
 
 
 def _pages(search: Callable[[str | None], Any]) -> Iterator[Any]:

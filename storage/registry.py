@@ -171,7 +171,7 @@ class Registry:
             for run in self._runs(client, experiment, {}, "attributes.status = 'RUNNING'"):
                 if CYCLE_TAG in run.data.tags:  # the other one is the stream's
                     self._remove_runs(client, experiment, int(run.data.tags[CYCLE_TAG]))
-            for run in list(mlflow_client.all_runs(client, experiment, self._ours({}))):
+            for run in list(mlflow_client.all_runs(client, experiment, self._ours({}), deleted=True)):
                 name, is_deleted = run.info.run_id, run.info.lifecycle_stage == "deleted"
                 if int(run.data.tags.get(CYCLE_TAG, 0)) in cycles or is_deleted:
                     mlflow_client.remove_files(
@@ -242,7 +242,7 @@ class Registry:
 
     def _runs(self, client: Any, experiment: str, tags: Mapping[str, str], condition: str = "") -> list[Any]:
         wanted = self._ours(tags) + (f" and {condition}" if condition else "")
-        return list(client.search_runs([experiment], wanted, order_by=["start_time ASC"]))
+        return list(mlflow_client.all_runs(client, experiment, wanted))
 
     def _ours(self, tags: Mapping[str, str]) -> str:
         """A filter for things of this store with these tags."""

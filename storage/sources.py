@@ -26,6 +26,7 @@ _HOLDER = re.compile(r"held in (?P<program>.+?) \(PID (?P<pid>\d+)\)")
 _NAME_PART = re.compile(r'"(?:[^"]|"")+"|[^."]+')
 _EPOCH = datetime(1970, 1, 1)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+_AS_TEXT = ("TIME", "DATE", "INTERVAL", "FLOAT", "DECIMAL", "UHUGEINT", "BIT", "BIGNUM")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,9 +290,6 @@ class DuckDBSource:
         return SourceError(
             f"{self.path} cannot be opened: {text}; check source.path and the file's permissions"
         )
-
-
-_AS_TEXT = ("TIME", "DATE", "INTERVAL", "FLOAT", "DECIMAL", "UHUGEINT", "BIT", "BIGNUM")
 
 
 def quote(name: str) -> str:

@@ -99,6 +99,11 @@ class Checkpoints:
                     leftover.unlink(missing_ok=True)
 
 
+def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all parts, as `PART/NAME`; `under` takes one apart again."""
+    return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
+
+
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors below a prefix, without it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

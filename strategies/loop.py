@@ -276,11 +276,10 @@ class Learner(SGDUpdate, BaseSGDTemplate):
             "best": self.best,
             "optimizer": checkpoint.optimizer_tensors(self.optimizer, dict(parameters)),
             "random": checkpoint.random_states(self.device),
-            "methods": {f"{name}/{k}": t for name, m in self.methods.items() for k, t in m.midway().items()},
+            "methods": checkpoint.joined({name: m.midway() for name, m in self.methods.items()}),
         }
         self.count_time()
-        tensors = {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
-        self.checkpoints.save(self.course, tensors)
+        self.checkpoints.save(self.course, checkpoint.joined(parts))
 
     def _begin(self) -> None:
         torch.manual_seed(self.spec.seed)  # whatever loading the model drew

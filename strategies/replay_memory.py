@@ -169,19 +169,18 @@ def load(state_dir: Path) -> Memory | None:
 def _read(values: dict[str, Any]) -> Memory:
     if values["format"] not in _KNOWN:
         raise ValueError(f"format {values['format']}, known are {_KNOWN}")
-    tasks = {
-        task: {str(row): Trace(**trace) for row, trace in rows.items()}
-        for task, rows in values["tasks"].items()
-    }
-    if values["format"] == 3 and not any(trace.rank for rows in tasks.values() for trace in rows.values()):
-        tasks = {
-            task: {row: replace(trace, rank=None) for row, trace in rows.items()}
-            for task, rows in tasks.items()
-        }
+    told = values["tasks"]
+    ranked = values["format"] != 3 or any(
+        trace.get("rank") for rows in told.values() for trace in rows.values()
+    )
+    unsaid = {} if ranked else {"rank": None}
     return Memory(
         seed=int(values["seed"]),
         seen=int(values["seen"]),
-        tasks=tasks,
+        tasks={
+            task: {str(row): Trace(**trace | unsaid) for row, trace in rows.items()}
+            for task, rows in told.items()
+        },
         spacing={task: Spacing(**each) for task, each in values["spacing"].items()},
     )
 

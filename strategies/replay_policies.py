@@ -17,6 +17,7 @@ FORGOTTEN = 0.1  # nats per answer token that a task's mean loss may rise before
 LONGEST_INTERVAL = 16  # experiences
 
 Draw = Callable[[Memory, int, Seed, int], list[str]]  # memory, count, seed, epoch → row hashes
+Order = Callable[[Rows], list[str]]  # rows of an answer → their hashes, those first that stay longest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,34 +39,34 @@ def after(
 def balanced(tasks: Tasks, size: int, seed: int) -> Tasks:
     """Equal room for every task, and in it for every answer; what one leaves free goes to the others. Rows
     of an answer stay by the draw."""
-    return _equal_tasks(tasks, size, seed, lambda rows: rows)
+    return _equal_tasks(tasks, size, seed, list)
 
 
 def typical(tasks: Tasks, size: int, seed: int) -> Tasks:
     """The same, but the rows of an answer stay by their rank. Those that nobody ranked, of experiences under
     another policy, keep the places that the draw gave them, among each other."""
 
-    def ranked(rows: Rows) -> Rows:
+    def ranked(rows: Rows) -> list[str]:
         unranked = [row for row, trace in rows.items() if trace.rank is None]
         places = {row: place for place, row in enumerate(unranked)}
         places |= {row: trace.rank for row, trace in rows.items() if trace.rank is not None}
-        return {row: rows[row] for row in sorted(rows, key=places.__getitem__)}
+        return sorted(rows, key=places.__getitem__)
 
     return _equal_tasks(tasks, size, seed, ranked)
 
 
-def _equal_tasks(tasks: Tasks, size: int, seed: int, order: Callable[[Rows], Rows]) -> Tasks:
+def _equal_tasks(tasks: Tasks, size: int, seed: int, order: Order) -> Tasks:
     room = share_out(size, {task: len(rows) for task, rows in sorted(tasks.items())})
     return {task: _equal_answers(rows, room[task], seed, order) for task, rows in tasks.items() if room[task]}
 
 
-def _equal_answers(rows: Rows, size: int, seed: int, order: Callable[[Rows], Rows]) -> Rows:
+def _equal_answers(rows: Rows, size: int, seed: int, order: Order) -> Rows:
     answers: dict[str, dict[str, Trace]] = {}
     for row, trace in rows.items():
         answers.setdefault(trace.answer, {})[row] = trace
     first = sorted(answers, key=lambda answer: (priority(seed, answer), answer))
     room = share_out(size, {answer: len(answers[answer]) for answer in first})
-    kept = {row for answer, found in answers.items() for row in list(order(found))[: room[answer]]}
+    kept = {row for answer, found in answers.items() for row in order(found)[: room[answer]]}
     return {row: trace for row, trace in rows.items() if row in kept}
 
 

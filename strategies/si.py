@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.checkpoint import under
+from strategies.checkpoint import joined, under
 from strategies.held import Held
 from strategies.model import trainable
 from strategies.quadratic import relative
@@ -33,8 +33,7 @@ class Si(Held):
         return self.spec.si_lambda
 
     def midway(self) -> dict[str, Tensor]:
-        parts = {"path": self.path, "best": self.best}
-        return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
+        return joined({"path": self.path, "best": self.best})
 
     def resume(self, tensors: Mapping[str, Tensor]) -> None:
         devices = {name: t.device for name, t in self.path.items()}

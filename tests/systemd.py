@@ -20,17 +20,9 @@ BOOT = Path(__file__).resolve().parent / "boot.sh"
 SYSTEMD = Path("/lib/systemd/systemd")
 NAMESPACES = ["--pid", "--mount", "--uts", "--ipc", "--cgroup", "--net"]
 TOOLS = (
-    "unshare",
-    "nsenter",
-    "setpriv",
-    "mount",
-    "pivot_root",
-    "systemctl",
-    "journalctl",
-    "useradd",
-    "ip",
+    "unshare", "nsenter", "setpriv", "mount", "pivot_root", "systemctl", "journalctl", "useradd", "ip",
     "pkill",
-)
+)  # fmt: skip
 OVERLAY = (
     "mount -t tmpfs tmpfs {0} && mkdir {0}/upper {0}/work {0}/root && "
     "mount -t overlay -o lowerdir=/,upperdir={0}/upper,workdir={0}/work overlay {0}/root && "

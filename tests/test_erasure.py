@@ -51,9 +51,12 @@ def bot(grown: tuple[Bot, Path]) -> Iterator[Bot]:
     put_back(made, copy)
 
 
+def meant(**which: Any) -> dict[str, Any]:
+    return {"row": None, "task": None, "before": None, "contains": None, "where": [], **which}
+
+
 def begin(bot: Bot, **which: Any) -> None:
-    told = {"row": None, "task": None, "before": None, "contains": None, "where": [], **which}
-    operations.erase(bot.settings, bot.store, "ann", "asked to", **told)
+    operations.erase(bot.settings, bot.store, "ann", "asked to", **meant(**which))
 
 
 def erase(bot: Bot, **which: Any) -> None:
@@ -128,8 +131,7 @@ def test_what_was_refused_once_and_taken_in_since_stays_unless_it_is_meant_itsel
     (refused,) = bot.store.quarantined()
     late = Row(id="late", task="flavours", question=SECRETS["train"], answer="sweet", split=Split.TRAIN)
     bot.store.accept([late], refused.source, on_conflict="newest")
-    told = {"row": "s-train", "task": None, "before": None, "contains": None, "where": []}
-    planned = operations.erase_plan(bot.store, **told)
+    planned = operations.erase_plan(bot.store, **meant(row="s-train"))
     erase(bot, row="s-train")
     assert [row.id for row in bot.store.rows_by_hash([late.hash])] == ["late"]
     assert bot.store.superseded([late.hash]) == set()

@@ -89,8 +89,8 @@ UPDATE supersessions SET by_hash = heir.hash FROM (
 ) AS heir
 WHERE supersessions.row_hash = heir.lost AND supersessions.by_hash IN (SELECT hash FROM erased);
 
--- Where no answer is left that counts, the one that fell last counts again, and has taken the others' place.
 -- name: last_supersessions
+-- Where no answer is left that counts, the one that fell last counts again, and has taken the others' place.
 UPDATE supersessions SET by_hash = heirs.hash FROM (
     WITH fallen AS (
         SELECT rows.hash, rows.key, superseded.seq FROM superseded JOIN rows ON rows.hash = superseded.row_hash
