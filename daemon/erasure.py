@@ -180,7 +180,8 @@ def _hashes(settings: Settings, store: Store, found: Plan) -> list[str]:
 
 
 def content_hash(raw: str, default_task: str) -> str:
-    """The hash that a quarantined row would have as a row. Of a shortened one that cannot be told."""
+    """The hash that a quarantined row would have as a row. Of a shortened one that cannot be told:
+    the intake knows it by its hash in quarantine."""
     said = {name: value for name, value in json.loads(raw).items() if value is not None}
     question, answer, context = (str(said.get(name, "")) for name in ("question", "answer", "context"))
     task = str(said.get("task", "")).strip() or default_task

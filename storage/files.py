@@ -53,6 +53,8 @@ def read_files(
 def _check(path: Path) -> None:
     if not path.is_file():
         raise SourceError(f"there is no file {path}")
+    if str(path) != str(path).encode("utf-8", "replace").decode():
+        raise SourceError(f"the name of {str(path)!r} is not UTF-8; rename it")
     if path.suffix.lower() not in _READERS:
         raise SourceError(f"{path} is of an unknown kind; known are {', '.join(_READERS)}")
 

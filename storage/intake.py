@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from typing import Any
 
 from storage.records import Rejected, rejection_hash
 from storage.rows import SPLIT_NAMES, Row, Split, normalise
@@ -132,8 +133,9 @@ def _take_batch(
         else:
             refused.append(judged)
     fresh: list[Row] = []
+    erased = store.erased()
     for (raw, row), repeated in zip(rows, store.repeats([row for _, row in rows], source), strict=True):
-        if repeated:
+        if repeated or (erased and _refused_as_too_long(raw) in erased):
             continue
         try:  # only now: counting tokens costs more than everything else together
             _check_length(row, count_tokens, max_tokens)
@@ -281,11 +283,21 @@ def _check_length(row: Row, count_tokens: CountTokens | None, max_tokens: int) -
         raise _Refused("too-long", f"{tokens} tokens; model.max_tokens is {max_tokens}")
 
 
+def _refused_as_too_long(raw: RawRow) -> str:
+    """Its hash in quarantine, had it been so. Of a shortened row that is all that an erasure can leave; it
+    must not come back when `model.max_tokens` is raised."""
+    return _identity({name: _plain(value) for name, value in raw.values.items()}, "too-long")
+
+
+def _identity(plain: dict[str, Any], reason: str) -> str:
+    return rejection_hash(json.dumps(plain, sort_keys=True), reason)
+
+
 def _reject(raw: RawRow, refusal: _Refused, source: str, now: datetime) -> Rejected:
     """The identity covers everything that was delivered; what is kept to look at may be shortened."""
     plain = {name: _plain(value) for name, value in raw.values.items()}
     return Rejected(
-        hash=rejection_hash(json.dumps(plain, sort_keys=True), refusal.reason),
+        hash=_identity(plain, refusal.reason),
         id=_label(raw.values.get("id")),
         task=_label(raw.values.get("task")),
         raw=json.dumps({name: _shorten(value) for name, value in plain.items()}, ensure_ascii=False),
@@ -307,7 +319,7 @@ def is_as_it_came(rejected: Rejected) -> bool:
         values = json.loads(rejected.raw)
         if any(isinstance(value, str) and _SHORTENED.search(value) for value in values.values()):
             return True
-        return rejection_hash(json.dumps(values, sort_keys=True), rejected.reason) == rejected.hash
+        return _identity(values, rejected.reason) == rejected.hash
     except (ValueError, AttributeError, RecursionError):
         return False
 

@@ -1,6 +1,7 @@
 """Rows from files: every format, and bad lines that do not spoil the good ones."""
 
 import json
+import os
 import time
 from datetime import datetime
 from decimal import Decimal
@@ -376,6 +377,12 @@ def test_a_missing_file_stops_before_the_first_is_read(tmp_path: Path) -> None:
     good = put(tmp_path, "a.jsonl", as_jsonl())
     with pytest.raises(SourceError, match=r"there is no file .*b\.csv"):
         next(read_files([good, tmp_path / "b.csv"], DEFAULT))
+
+
+def test_a_name_that_the_store_could_not_note_is_an_error_in_words(tmp_path: Path) -> None:
+    path = put(tmp_path, os.fsdecode(b"r\xff.jsonl"), as_jsonl())
+    with pytest.raises(SourceError, match=r"r\\udcff\.jsonl' is not UTF-8; rename it"):
+        rows(path)
 
 
 @pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.json"])

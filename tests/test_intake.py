@@ -295,6 +295,15 @@ def test_tokens_are_counted_only_for_rows_that_are_new(store: Store) -> None:
     assert counted == []
 
 
+def test_an_erased_row_that_was_kept_shortened_stays_away_when_more_is_allowed(store: Store) -> None:
+    long, other = (raw(id=name, question=f"{name} is " + "very " * 1000 + "long") for name in ("it", "that"))
+    take_all(store, long, count_tokens=lambda question, answer: len(question))
+    (kept,) = store.quarantined()
+    store.erase([kept.hash], [], rebuild=False, who="ann", why="asked to")
+    assert take_all(store, long, other).accepted == 1
+    assert sum(sum(counts.values()) for counts in store.row_counts().values()) == 1
+
+
 def test_reports_add_up() -> None:
     one = IntakeReport(read=3, accepted=1, known=1, rejected=1, superseded=2, quarantined={"too-long": 1})
     other = IntakeReport(read=2, rejected=2, superseded=1, quarantined={"empty-answer": 1, "too-long": 1})
