@@ -107,14 +107,14 @@ def soak(daemon: DaemonProcess, cycles: int) -> Iterator[Weight]:
 
 
 def lesson(home: Path, number: int) -> Path:
-    """A file of new rows of one task."""
+    """A file of new rows of one task. No two have the same words: they would share a split."""
     path, task = home / f"rows-{number}.jsonl", f"task {number % TASKS}"
     splits = ["train"] * ROWS + ["validation"] * (ROWS // 2) + ["suite"] * (ROWS - ROWS // 2)
     rows = [
         {
             "id": f"{number}-{n}",
             "task": task,
-            "question": f"what is {number} times {n}",
+            "question": f"what is {number}x{n}",
             "answer": f"it is {n}",
         }
         | {"split": split}
