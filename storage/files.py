@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import SourceError
-from storage.sources import REQUIRED, Columns, RawRow, listed, quote
+from storage.sources import REQUIRED, Columns, RawRow, as_written, listed, quote
 
 _LONGEST_LINE = 16 * 1024 * 1024  # bytes (in CSV characters); more than that in one line is no row
 # Characters that a CSV record of several lines may have. An open quote is followed no further, so that it
@@ -303,39 +303,47 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[RawRow]:
     literal = "".join(f"[{c}]" if c in "*?[" else c for c in str(path.absolute()))
     with duckdb.connect(":memory:", config=_IN_MEMORY) as connection:
         described = connection.execute("DESCRIBE SELECT * FROM read_parquet(?)", [literal]).fetchall()
-        header = [line[0] for line in described]
-        found = match(columns, header)
-        _require(path, found, header)
-        rows = _parquet_rows(connection, path, literal, list(found.values()))
+        kinds = {line[0]: line[1] for line in described}
+        found = match(columns, kinds)
+        _require(path, found, list(kinds))
+        rows = _parquet_rows(connection, path, literal, found, kinds)
         for number, values in enumerate(rows, 1):
             yield RawRow(values=dict(zip(found, values, strict=True)), location=f"{path.name} row {number}")
 
 
-def _parquet_rows(connection: Any, path: Path, literal: str, names: list[str]) -> Iterator[tuple[Any, ...]]:
+def _parquet_rows(
+    connection: Any, path: Path, literal: str, found: dict[str, str], kinds: dict[str, Any]
+) -> Iterator[tuple[Any, ...]]:
     """By DuckDB, until it refuses the file for one text that is not UTF-8; from there on by pyarrow."""
     done = 0
     try:
-        selected = ", ".join(map(quote, names))
-        connection.execute(f"SELECT {selected} FROM read_parquet(?)", [literal])
+        selected = [_expression(field, name, kinds[name]) for field, name in found.items()]
+        connection.execute(f"SELECT {', '.join(selected)} FROM read_parquet(?)", [literal])
         while rows := connection.fetchmany(_PARQUET_ROWS):
             yield from rows
             done += len(rows)
         return
     except duckdb.InvalidInputException:  # of a damaged file too, which pyarrow then refuses in its turn
         with pq.ParquetFile(path, coerce_int96_timestamp_unit="us", **_PARQUET_FRUGALLY) as file:
-            if not set(names) <= set(file.schema_arrow.names):  # DuckDB tells columns of one name apart
+            if not {*found.values()} <= {*file.schema_arrow.names}:  # DuckDB tells columns of one name apart
                 raise
-            yield from islice(_unchecked_rows(connection, file, names), done, None)
+            yield from islice(_unchecked_rows(connection, file, found), done, None)
 
 
-def _unchecked_rows(connection: Any, file: Any, names: list[str]) -> Iterator[tuple[Any, ...]]:
+def _expression(field: str, name: str, kind: Any) -> str:
+    return quote(name) if field == "created_at" else as_written(name, str(kind))
+
+
+def _unchecked_rows(connection: Any, file: Any, found: dict[str, str]) -> Iterator[tuple[Any, ...]]:
     """What DuckDB makes of the columns, except that text may be bytes, which the intake judges."""
+    names = list(found.values())
     for batch in file.iter_batches(_PARQUET_ROWS, columns=names):
         columns = [_spelt_out(batch.column(batch.schema.names.index(name))) for name in names]
         text = [_is_text(column.type) for column in columns]
         plain = [column.cast(_bytes_for_text(column.type)) for column in columns]
-        table = pa.table(plain, names=[str(place) for place in range(len(names))])
-        for values in connection.from_arrow(table).fetchall():
+        rows = connection.from_arrow(pa.table(plain, names=list(found)))
+        selected = [_expression(field, field, kind) for field, kind in zip(found, rows.types, strict=True)]
+        for values in rows.project(", ".join(selected)).fetchall():
             yield tuple(_as_text(v) if t else v for v, t in zip(values, text, strict=True))
 
 

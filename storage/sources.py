@@ -310,13 +310,13 @@ def _split_name(text: str) -> tuple[str, str]:
 
 
 def _expression(field: str, name: str, kind: str) -> str:
-    """How a column is read. Times leave DuckDB as text or numbers: Python has no year 290000. So do numbers
-    that Python would write in another way, or Arrow not at all."""
-    if field == "created_at":
-        return _as_microseconds(name, kind)
-    if kind.startswith(_AS_TEXT):
-        return f"CAST({quote(name)} AS VARCHAR)"
-    return quote(name)
+    return _as_microseconds(name, kind) if field == "created_at" else as_written(name, kind)
+
+
+def as_written(name: str, kind: str) -> str:
+    """How a column is read. Times leave DuckDB as text: Python has no year 290000. So do numbers that Python
+    would write in another way, or Arrow not at all."""
+    return f"CAST({quote(name)} AS VARCHAR)" if kind.startswith(_AS_TEXT) else quote(name)
 
 
 def _as_microseconds(name: str, kind: str) -> str:

@@ -260,13 +260,22 @@ def test_text_that_is_not_utf8_costs_a_parquet_file_that_row_only(tmp_path: Path
     }
     pq.write_table(pa.table(table), tmp_path / "x.parquet", row_group_size=2000)
     found = rows(tmp_path / "x.parquet", columns=Columns(context="context", created_at="at"))
-    expected = {"answer": Decimal("1.50"), "task": "t", "context": b"c", "created_at": made}
+    expected = {"answer": "1.50", "task": "t", "context": b"c", "created_at": made}
     assert [row.values for row in found] == [
         {"id": n, "question": b"caf\xe9" if n == 3210 else f"q {n} é", **expected} for n in range(5000)
     ]
     assert [row.location for row in found] == [f"x.parquet row {n}" for n in range(1, 5001)]
     judged = [validate(row, SourceSpec(), source="x", now=utcnow()) for row in found[3209:3212]]
     assert [row.reason if isinstance(row, Rejected) else "" for row in judged] == ["", "invalid-utf8", ""]
+
+
+@pytest.mark.parametrize("last", [b"fine", b"caf\xe9"])
+def test_a_number_of_parquet_is_written_as_its_own_kind_writes_it(tmp_path: Path, last: bytes) -> None:
+    """Whoever reads it: what is not UTF-8 makes it pyarrow."""
+    text = pa.array([b"fine", last]).cast(pa.string(), safe=False)
+    table = {"id": text, "question": text, "answer": pa.array([0.1, 2.5], pa.float32())}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    assert [row.values["answer"] for row in rows(tmp_path / "x.parquet")] == ["0.1", "2.5"]
 
 
 def test_every_text_type_of_parquet_may_hold_text_that_is_not_utf8(tmp_path: Path) -> None:
