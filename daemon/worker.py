@@ -17,7 +17,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 from queue import SimpleQueue
-from types import FrameType
 from typing import Any, TextIO
 
 from storage.errors import HoldfastError, Interrupted
@@ -38,7 +37,11 @@ QUIET = {
 
 
 class Worker:
-    """One request after the other, on the main thread; a second thread watches the input."""
+    """One request after the other, on the main thread; one thread watches the input, another for SIGTERM.
+
+    A thread waits for the signal because a handler runs on the main thread, between two instructions of
+    Python: a signal just before a wait in C, for a request or in a library, is not heard until that ends.
+    """
 
     def __init__(self, requests: TextIO, answers: TextIO) -> None:
         self._input = requests
@@ -47,7 +50,8 @@ class Worker:
         self._stop = threading.Event()
 
     def run(self) -> int:
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for all threads to come as well
+        threading.Thread(target=self._await_sigterm, name="sigterm", daemon=True).start()
         threading.Thread(target=self._read, name="requests", daemon=True).start()
         while (line := self._requests.get()) is not None and not self._stop.is_set():
             try:
@@ -85,7 +89,8 @@ class Worker:
             self._requests.put(line)
         os._exit(0)
 
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+    def _await_sigterm(self) -> None:
+        signal.sigwait({signal.SIGTERM})
         self._stop.set()
         self._requests.put(None)  # wakes an idle worker
 

@@ -270,7 +270,7 @@ def test_the_end_of_input_ends_the_worker_at_once_even_in_training(
 
 # Stages that misbehave, in a worker without torch: what is sent, and what is not.
 NOISY = """
-import os, subprocess, sys, time
+import ctypes, os, subprocess, sys, threading, time
 import daemon.worker as worker
 from storage.errors import ModelError
 from strategies.contract import Progress
@@ -292,7 +292,26 @@ def talk(job, running):
         running.tell_or_stop(Progress(stage="evaluate"))
         time.sleep(0.01)
 
-worker.STAGES.update(noise=noise, fail=fail, talk=talk)
+def deaf(job, running):
+    # In C, at a lock that no signal interrupts and that only the stop sets free. The other thread comes to
+    # run when this one gives up the interpreter, which it does at the lock and not before.
+    libc, lock, there = ctypes.CDLL(None), ctypes.create_string_buffer(64), []
+    libc.pthread_mutex_lock(lock)
+
+    def free():
+        while not there:
+            time.sleep(0.001)
+        running.tell(Progress(stage="evaluate"))
+        running._stop.wait()
+        libc.pthread_mutex_unlock(lock)
+
+    threading.Thread(target=free).start()
+    sys.setswitchinterval(1000)
+    there.append(True)
+    libc.pthread_mutex_lock(lock)
+    running.tell_or_stop(Progress(stage="evaluate"))
+
+worker.STAGES.update(noise=noise, fail=fail, talk=talk, deaf=deaf)
 os._exit(worker.main())
 """
 
@@ -344,6 +363,14 @@ def test_sigterm_ends_a_stage_without_checkpoints_where_it_is(noisy: Child) -> N
 def test_sigterm_ends_an_idle_worker(noisy: Child) -> None:
     noisy.ask("noise", {})
     assert "done" in noisy.hear()
+    noisy.process.send_signal(signal.SIGTERM)
+    assert noisy.answer() == {"interrupted": True}
+    assert noisy.process.wait(SECONDS) == 75
+
+
+def test_sigterm_is_heard_while_the_main_thread_waits_in_c(noisy: Child) -> None:
+    noisy.ask("deaf", {})
+    assert "progress" in noisy.hear()
     noisy.process.send_signal(signal.SIGTERM)
     assert noisy.answer() == {"interrupted": True}
     assert noisy.process.wait(SECONDS) == 75
