@@ -9,11 +9,10 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from typing import Any
 
 from storage.records import Rejected, rejection_hash
 from storage.rows import SPLIT_NAMES, Row, Split, normalise
@@ -286,21 +285,20 @@ def _check_length(row: Row, count_tokens: CountTokens | None, max_tokens: int) -
 def _refused_as_too_long(raw: RawRow) -> str:
     """Its hash in quarantine, had it been so. Of a shortened row that is all that an erasure can leave; it
     must not come back when `model.max_tokens` is raised."""
-    return _identity({name: _plain(value) for name, value in raw.values.items()}, "too-long")
+    return _identity(raw.values, "too-long")
 
 
-def _identity(plain: dict[str, Any], reason: str) -> str:
-    return rejection_hash(json.dumps(plain, sort_keys=True), reason)
+def _identity(values: Mapping[str, object], reason: str) -> str:
+    return rejection_hash(json.dumps(_all_plain(values), sort_keys=True), reason)
 
 
 def _reject(raw: RawRow, refusal: _Refused, source: str, now: datetime) -> Rejected:
     """The identity covers everything that was delivered; what is kept to look at may be shortened."""
-    plain = {name: _plain(value) for name, value in raw.values.items()}
     return Rejected(
-        hash=_identity(plain, refusal.reason),
+        hash=_identity(raw.values, refusal.reason),
         id=_label(raw.values.get("id")),
         task=_label(raw.values.get("task")),
-        raw=json.dumps({name: _shorten(value) for name, value in plain.items()}, ensure_ascii=False),
+        raw=json.dumps({n: _shorten(v) for n, v in _all_plain(raw.values).items()}, ensure_ascii=False),
         reason=refusal.reason,
         detail=_storable(f"{raw.location}: {refusal.detail}"),
         source=source,
@@ -322,6 +320,10 @@ def is_as_it_came(rejected: Rejected) -> bool:
         return _identity(values, rejected.reason) == rejected.hash
     except (ValueError, AttributeError, RecursionError):
         return False
+
+
+def _all_plain(values: Mapping[str, object]) -> dict[str, str | int | float | bool | None]:
+    return {name: _plain(value) for name, value in values.items()}
 
 
 def _plain(value: object) -> str | int | float | bool | None:
