@@ -1,6 +1,7 @@
 """Reading somebody else's DuckDB: what is new, what came late, and a collector that is busy."""
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -362,6 +363,19 @@ def test_a_missing_file_is_an_error_and_is_not_made(path: Path) -> None:
     with pytest.raises(SourceError, match=f"there is no file {re.escape(str(path))}"):
         values(SourceSpec(path=path))
     assert not path.exists()
+
+
+def test_a_file_in_a_closed_folder_is_not_called_missing(path: Path) -> None:
+    closed = path.parent / "closed"
+    closed.mkdir(mode=0)
+    account = os.geteuid()
+    if account == 0:
+        os.seteuid(65534)  # root is let in everywhere
+    try:
+        with pytest.raises(SourceError, match=r"is closed to this account; .*set source\.path"):
+            values(SourceSpec(path=closed / "qa.duckdb"))
+    finally:
+        os.seteuid(account)
 
 
 def test_a_file_that_is_no_database_is_an_error_in_words(path: Path) -> None:
