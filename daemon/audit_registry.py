@@ -45,8 +45,8 @@ def the_alias_champion_is_the_stores_champion(evidence: Evidence) -> Iterator[Wr
 
 
 def the_alias_challenger_is_the_newest_candidate(evidence: Evidence) -> Iterator[Wrong]:
-    """It is at the newest version, and gone when that one has become champion. A cycle that is about to end
-    may be moving it."""
+    """It is at the newest version, and gone when that one has become champion, or learned what was erased. A
+    cycle that is about to end may be moving it."""
     newest = max(evidence.models, default=None)
     cycle = evidence.cycles.get(evidence.models[newest].cycle_id) if newest is not None else None
     moving = any(c.state is State.DECIDED for c in evidence.cycles.values())
@@ -59,6 +59,8 @@ def the_alias_challenger_is_the_newest_candidate(evidence: Evidence) -> Iterator
     champion = evidence.promotions[-1] if evidence.promotions else None
     if champion and champion.version == newest and evidence.now - champion.at > CATCHES_UP:
         allowed = {None}
+    if newest in evidence.store.tainted():
+        allowed = {None} if all(erasure.done_at for erasure in evidence.store.erasures()) else {newest, None}
     if alias not in allowed:
         at = f"version {alias}" if alias else "no version"
         told = f"MLflow's alias {CHALLENGER} is at {at}, the newest candidate is version {newest}"

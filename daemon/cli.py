@@ -491,6 +491,9 @@ def main() -> None:
     except BrokenPipeError:  # `daemon history | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a full disk, a file of another account
+        _complain(HoldfastError(f"{error}; free space or fix the permissions, and see `daemon doctor`"))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

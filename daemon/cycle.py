@@ -41,6 +41,7 @@ from strategies.contract import PreparedBase, Progress, StrategySpec, TrainJob, 
 
 log = logging.getLogger(__name__)
 
+OUT_OF_TIME = "out-of-time"  # the event that the clock ended a rescue
 MAX_ATTEMPTS = 3  # how often a dead worker is replaced before the cycle is given up
 # Left to the caller, who tries again later: the cycle stays exactly where it is.
 RETRIED_LATER = (Interrupted, SourceBusy, RegistryError)
@@ -90,16 +91,10 @@ class CycleRunner:
                     raise Cancelled()
                 cycle = self._step(cycle, stop)
                 self.on_progress(cycle.id, None)  # who follows the cycle is told of its new state
-        except Cancelled:
-            cycle = self._end(cycle_id, State.CANCELLED, "cancelled by hand; its rows stay pending")
         except RETRIED_LATER:
             raise
-        except HoldfastError as error:
-            cycle = self._fail(cycle_id, str(error))
-        except OSError as error:
-            cycle = self._fail(
-                cycle_id, f"{error}; free space or fix the permissions, then `daemon retrain-now`"
-            )
+        except Exception as error:
+            cycle = self._ended_by(cycle_id, error)
         finally:
             self.executor.close()
         if cycle.state is State.PROMOTED:
@@ -250,6 +245,8 @@ class CycleRunner:
         reason = rescue.summary(candidates, summary, over=over)
         report = TrainReport.read(result_files(self._result(chosen))["report"])
         log.info("%s", reason, extra=_action("decided", cycle))
+        if over:
+            self.store.event(OUT_OF_TIME, cycle.id)
         return self.store.advance(
             cycle.id,
             State.DECIDED,
@@ -289,11 +286,13 @@ class CycleRunner:
 
     def _rejected_before(self, snapshot: str) -> Cycle | None:
         """The cycle that failed the gate with this very snapshot, thresholds and all: training it again
-        would give the same adapter and the same verdict, every night."""
-        for tried in self.store.cycles_with(snapshot):
-            verdict = self.store.verdict(tried.id)
-            if verdict is not None and not verdict[0]:
-                return tried
+        would give the same adapter and the same verdict, every night. Where time ran out, another night may
+        do better; one more, as a machine may always be too slow."""
+        verdicts = [(tried, self.store.verdict(tried.id)) for tried in self.store.cycles_with(snapshot)]
+        rejected = [tried for tried, verdict in verdicts if verdict is not None and not verdict[0]]
+        tried_all = [tried for tried in rejected if not self.store.events(1, tried.id, OUT_OF_TIME)]
+        if tried_all or len(rejected) > 1:
+            return [*tried_all, *rejected][0]
         return None
 
     def _candidate(self, cycle: Cycle, snapshot: Snapshot, stop: Stop) -> tuple[Candidate, Stop]:
@@ -370,6 +369,17 @@ class CycleRunner:
         cycle = self.store.advance(cycle_id, state, reason=reason, version=version)
         log.info("cycle %d %s: %s", cycle_id, state, reason, extra=_action(state, cycle))
         return cycle
+
+    def _ended_by(self, cycle_id: int, error: Exception) -> Cycle:
+        """An erasure cancels, and takes rows away from a step in its midst: that is no fault."""
+        if isinstance(error, Cancelled) or self.store.is_cancelled(cycle_id):
+            return self._end(cycle_id, State.CANCELLED, "cancelled by hand; its rows stay pending")
+        if isinstance(error, HoldfastError):
+            return self._fail(cycle_id, str(error))
+        if isinstance(error, OSError):
+            why = f"{error}; free space or fix the permissions, then `daemon retrain-now`"
+            return self._fail(cycle_id, why)
+        raise error
 
     def _fail(self, cycle_id: int, reason: str) -> Cycle:
         cycle = self._end(cycle_id, State.FAILED, reason)

@@ -8,7 +8,6 @@ start goes on with what was begun; everything may be done twice.
 
 import json
 import logging
-import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 
 from daemon import promote
 from daemon.settings import Settings
+from storage import artifacts
 from storage.errors import ControlError
 from storage.records import Choice, Erasure, Rejected, State, StoredRow
 from storage.registry import Registry
@@ -127,18 +127,18 @@ def finish(settings: Settings, store: Store, registry: Registry) -> None:
         if store.is_cancelled(cycle.id):
             store.advance(cycle.id, State.CANCELLED, reason="cancelled by an erasure; its rows stay pending")
     erased = store.erased()
+    snapshots = list(_snapshots_with(settings, erased))  # reads much: nobody has to wait for the store
     with store.transaction():
         cycles = _affected(store, store.taught())
         models = {model.cycle_id: model.version for model in store.models() if model.cycle_id in cycles}
         store.taint(list(models.values()), begun[0].id)
-        snapshots = list(_snapshots_with(settings, erased))
         why = f"erasure {begun[-1].id}"
         paths = [f"snapshots/{path.name}" for path in snapshots if not path.name.startswith(".")]
         paths += [path for cycle in cycles for path in _made_by(store, cycle, models.get(cycle))]
         known = store.pruned().keys()
         store.prune([(path, why) for path in dict.fromkeys(paths) if path not in known])
     for folder in [*snapshots, *_files_with(settings, store, cycles)]:
-        shutil.rmtree(folder)
+        artifacts.remove(folder)
     promote.repair_alias(store, registry)  # first: no alias may point to a version without files
     registry.erase(erased, cycles, {"holdfast.erased": why})
     for path, told in store.pruned().items():

@@ -173,8 +173,7 @@ class Flight:
                     self._stop = Stop()
                     self._tell(cycle_id=unfinished[0].id, progress=None, waiting=None)
                     return unfinished[0]
-                if not self._closing and not self._asked:  # it may have been asked while it tidied up
-                    self._turn.wait(HOUSEKEEPING_SECONDS if self._untidy else None)
+                self._rest()
         return None
 
     def _fly(self, cycle_id: int) -> None:
@@ -209,8 +208,23 @@ class Flight:
                 cycle_id=cycle_id, progress=None, waiting=Waiting(reason=reason, until=until, tries=tries)
             )
             self._turn.wait_for(lambda: self._retry_now or self._closing, seconds)
-            self._turn.wait_for(lambda: self._stop.is_set() or not operations.paused(self.store))
+        self._tidy()  # an erasure does not wait for a collector that never lets go
+        while not self._may_try():
+            self._tidy()
         self._tell(waiting=None)
+
+    def _may_try(self) -> bool:
+        """Also false when there is something to tidy up first."""
+        with self._turn:
+            if self._stop.is_set() or not operations.paused(self.store):
+                return True
+            self._rest()
+            return False
+
+    def _rest(self) -> None:
+        """Until something is asked for: to be held with the turn."""
+        if not self._closing and not self._asked:  # it may have been asked while it tidied up
+            self._turn.wait(HOUSEKEEPING_SECONDS if self._untidy else None)
 
     def _give_up(self, cycle_id: int, reason: str) -> None:
         cycle = self.store.cycle(cycle_id)
@@ -218,9 +232,12 @@ class Flight:
             self.store.advance(cycle_id, State.FAILED, reason=reason)
 
     def _tidy(self) -> None:
-        if self._untidy:
+        if self._untidy and not self._closing:
             self._untidy = self._asked = False  # before the work: what comes up meanwhile is not lost
-            if not self._housekeeping():
+            try:
+                self._untidy = not self._housekeeping() or self._untidy
+            except Exception:  # a bug: told, and no reason that no cycle runs
+                log.exception("internal error while tidying up", extra={"action": "untidy"})
                 self._untidy = True
 
     # Shared.

@@ -77,7 +77,8 @@ def check_has_files(store: Store, version: int) -> None:
 
 
 def repair_alias(store: Store, registry: Registry) -> None:
-    """Makes the registry's `champion` say what the store says.
+    """Makes the registry's `champion` say what the store says; `challenger` is nobody who serves, or has
+    learned what was erased.
 
     One thread at a time, and each reads the store anew: whoever comes last leaves the newest.
     """
@@ -85,10 +86,9 @@ def repair_alias(store: Store, registry: Registry) -> None:
         wanted = serving(store)
         if wanted is None:
             registry.delete_alias(CHAMPION)
-            return
-        if registry.alias(CHAMPION) != wanted.version:
+        elif registry.alias(CHAMPION) != wanted.version:
             registry.set_alias(CHAMPION, wanted.version, wanted.adapter_hash)
-        if registry.alias(CHALLENGER) == wanted.version:
+        if registry.alias(CHALLENGER) in {wanted and wanted.version, *store.tainted()} - {None}:
             registry.delete_alias(CHALLENGER)
 
 

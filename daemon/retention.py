@@ -7,7 +7,6 @@ first, and every pass removes whatever is on record and still there: a kill in b
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +15,7 @@ from pathlib import Path
 from daemon import examination
 from daemon.promote import champions
 from daemon.settings import Settings
-from storage import snapshots
+from storage import artifacts, snapshots
 from storage.errors import HoldfastError
 from storage.records import Cycle, ModelVersion, State
 from storage.registry import Registry
@@ -199,7 +198,7 @@ def _remove_result(result: Path) -> None:
 def _remove(path: Path) -> None:
     for each in (path, path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")):
         if each.exists():
-            shutil.rmtree(each)
+            artifacts.remove(each)
 
 
 def _remove_from_mlflow(store: Store, registry: Registry) -> None:

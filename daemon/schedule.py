@@ -9,6 +9,7 @@ of cycles: firing only calls the function it was given.
 """
 
 import re
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
@@ -48,6 +49,7 @@ class Schedule:
             timezone="UTC",
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
+        self._ahead = _ahead()
 
     def start(self) -> None:
         self._scheduler.start()
@@ -62,8 +64,20 @@ class Schedule:
         self._scheduler.add_job(self._fire, trigger, id=_JOB, replace_existing=True)
 
     def look(self) -> None:
-        """Compares the plan with the clock now, which may have been set."""
+        """Compares the plan with the clock now, which may have been set.
+
+        A time that was planned while the clock was far ahead would not come for as long as it was.
+        """
+        before, self._ahead = self._ahead, _ahead()
+        job = self._scheduler.get_job(_JOB)
+        if job and before - self._ahead > LOOK_SECONDS:
+            again = job.trigger.get_next_fire_time(None, datetime.now(UTC))
+            job.modify(next_run_time=min(again, job.next_run_time))
         self._scheduler.wakeup()
+
+    def soon(self, work: Callable[[], None]) -> None:
+        """Has this done once, on the thread that also fires: one after the other."""
+        self._scheduler.add_job(work)
 
     def next_run(self) -> datetime | None:
         """The next planned time, with its time zone; None when nothing is planned."""
@@ -73,6 +87,11 @@ class Schedule:
     def stop(self) -> None:
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
+
+
+def _ahead() -> float:
+    """Seconds by which the clock is ahead of one that nobody sets. It only grows in a suspend."""
+    return time.time() - time.monotonic()
 
 
 def next_run(cron: str, timezone: str, *, after: datetime) -> datetime | None:

@@ -1,9 +1,9 @@
 """`daemon run`: the process that stays.
 
-    main thread       signals, reload, systemd's watchdog and status; touches nothing that may block
+    main thread       signals, systemd's watchdog and status; touches nothing that may block
     cycles            one cycle at a time, oldest first            (daemon.flight)
     control, client   the socket, one thread a client              (daemon.control, daemon.commands)
-    apscheduler       asks for a cycle when it is time             (daemon.schedule)
+    apscheduler       asks for a cycle when it is time, reloads    (daemon.schedule)
 
 Signal handlers only leave a note for the main thread. Nothing here imports torch; training happens
 in child processes (daemon.executor).
@@ -117,6 +117,7 @@ class Service:
         try:
             self._plan()
             self._catch_up()
+            self._seen()
             self._schedule.start()
             daemon.flight.start()
             self._control.start()
@@ -139,7 +140,8 @@ class Service:
             if mail == "stop":
                 return 0
             if mail == "reload":
-                self._reload()
+                self._notifier.reloading()
+                self._schedule.soon(self._reload)
             if not (self._daemon.flight.alive() and self._control.alive()):
                 log.critical(
                     "a thread of the daemon died; the log above has the reason", extra={"action": "broken"}
@@ -154,7 +156,7 @@ class Service:
             self._looked = time.monotonic()
             self._schedule.look()
             if self._due:
-                self._fire()
+                self._schedule.soon(self._fire_if_due)
 
     def _receive(self, seconds: float) -> str | None:
         ping = self._notifier.ping_seconds
@@ -266,7 +268,7 @@ class Service:
     # The schedule.
 
     def _fire(self) -> None:
-        """It is time. Runs on the scheduler's thread, and on the main one for a firing that is still due."""
+        """It is time. Runs on the scheduler's thread."""
         self._due = False
         try:
             cycle, joined = self._daemon.flight.request("schedule", "schedule")
@@ -281,12 +283,16 @@ class Service:
             log.info("the schedule %s", told, extra={"action": "scheduled", "cycle": cycle.id})
         self._seen()  # afterwards: a crash in between asks twice, and the second finds nothing to do
 
+    def _fire_if_due(self) -> None:
+        if self._due:
+            self._fire()
+
     def _plan(self) -> None:
         plan = self._daemon.settings.schedule
         self._schedule.plan(plan.cron, plan.timezone)
 
     def _catch_up(self) -> None:
-        """Firings missed while the daemon was down become one cycle now."""
+        """Firings missed while the daemon was down, or the machine slept, become one cycle now."""
         plan, store = self._daemon.settings.schedule, self._daemon.store
         try:
             known = json.loads(store.get_meta(_PLAN) or "{}")
@@ -299,7 +305,6 @@ class Service:
             if due is not None and due.timestamp() <= time.time():
                 log.info("the firing of %s was missed", due.isoformat(), extra={"action": "missed"})
                 self._fire()
-        self._seen()
 
     def _seen(self) -> None:
         if self._due:
@@ -314,8 +319,16 @@ class Service:
     # Reload.
 
     def _reload(self) -> None:
-        """SIGHUP: the new settings count from the next cycle; a config that is not valid changes nothing."""
-        self._notifier.reloading()
+        """SIGHUP: the new settings count from the next cycle; a config that is not valid changes nothing.
+
+        Runs on the scheduler's thread: the store may be busy for longer than the watchdog waits.
+        """
+        try:
+            self._take_settings()
+        finally:
+            self._notifier.ready(self._status_line())
+
+    def _take_settings(self) -> None:
         try:
             settings = config.load(self._config_path)
             registry = operations.open_registry(settings, self._daemon.store)
@@ -325,12 +338,12 @@ class Service:
             log.error("config not reloaded, the old one stays: %s", error, extra={"action": "reload-refused"})
         else:
             self._config_problem = None
+            self._catch_up()  # by the old plan
             self._daemon.registry, self._daemon.settings = registry, settings
             self._plan()
             self._seen()
             self._daemon.flight.wake(untidy=True)
             log.info("config reloaded, it counts from the next cycle", extra={"action": "reloaded"})
-        self._notifier.ready(self._status_line())
 
 
 def status_line(activity: Activity) -> str:

@@ -132,6 +132,14 @@ def atomic_dir(final: str | Path, extra: Mapping[str, Any] | None = None) -> Ite
     _remove(old)
 
 
+def remove(directory: Path) -> None:
+    """A folder and all that is in it. Raises `OSError` that names the whole path, which `rmtree` does not."""
+    try:
+        shutil.rmtree(directory)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(directory)) from None
+
+
 def _read_manifest(root: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))

@@ -115,15 +115,22 @@ class Database:
         aside = self.path.with_name(f".{self.path.name}.new")
         with self._lock, self._in_words():
             assert self._depth == 0, "a transaction is open"
-            for leftover in (aside, aside.with_name(f"{aside.name}.wal")):
+            leftovers = (aside, aside.with_name(f"{aside.name}.wal"))
+            for leftover in leftovers:
                 leftover.unlink(missing_ok=True)
             connection = self._use()
             connection.execute("CHECKPOINT")
             name = connection.execute("SELECT current_database()").fetchone()[0]
             quoted = name.replace('"', '""'), str(aside).replace("'", "''")
-            connection.execute(f"ATTACH '{quoted[1]}' AS holdfast_new")
-            connection.execute(f'COPY FROM DATABASE "{quoted[0]}" TO holdfast_new')
-            connection.execute("DETACH holdfast_new")
+            try:
+                connection.execute(f"ATTACH '{quoted[1]}' AS holdfast_new")
+                connection.execute(f'COPY FROM DATABASE "{quoted[0]}" TO holdfast_new')
+                connection.execute("DETACH holdfast_new")
+            except BaseException:  # half a copy on a full disk would keep it full
+                self._let_go()
+                for leftover in leftovers:
+                    leftover.unlink(missing_ok=True)
+                raise
             self._let_go()  # writes its journal into the file that goes
             os.replace(aside, self.path)
             fsync(self.path.parent)  # before there is a journal, which fits the new file only

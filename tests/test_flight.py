@@ -268,6 +268,50 @@ def test_what_could_not_be_tidied_is_tried_again_before_the_next_cycle(tmp_path:
         assert len(tried) == 2
 
 
+@pytest.mark.parametrize("paused", [False, True])
+def test_what_is_asked_for_is_tidied_up_while_a_cycle_waits(tmp_path: Path, paused: bool) -> None:
+    """An erasure must not wait for a collector that never lets go, nor for the end of a pause."""
+    tidied = threading.Semaphore(0)
+
+    def tidy() -> bool:
+        tidied.release()
+        return True
+
+    with Store.open(tmp_path / "store.duckdb") as store:
+        runner = ToyRunner(store)
+        runner.errors = [SourceBusy("the collector has it")] * 9
+        flight = Flight(store, lambda: runner, backoff=Backoff(first=3600), housekeeping=tidy)
+        flight.request("manual", "ann")
+        flight.start()
+        assert tidied.acquire(timeout=PATIENCE)
+        while flight.activity.waiting is None:
+            flight.news(flight.activity.number, 0.05)
+        if paused:
+            operations.pause(store, "ann")
+            flight.wake()
+        for _ in range(2):
+            flight.wake(untidy=True)
+            assert tidied.acquire(timeout=PATIENCE)
+        flight.close()
+        flight._thread.join(PATIENCE)
+        assert not flight.alive()
+
+
+def test_a_bug_while_it_tidies_up_is_told_and_cycles_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Store.open(tmp_path / "store.duckdb") as store:
+        runner = ToyRunner(store)
+        runner.let_through.set()
+        flight = Flight(store, lambda: runner, housekeeping=lambda: bool(1 / 0))
+        flight.request("manual", "ann")
+        flight.start()
+        assert runner.entered.acquire(timeout=PATIENCE)
+        flight.close()
+        flight._thread.join(PATIENCE)
+        assert "internal error while tidying up" in caplog.text
+
+
 def test_what_is_asked_for_while_it_tidies_up_is_not_forgotten(tmp_path: Path) -> None:
     begun, asked, again = threading.Semaphore(0), threading.Event(), threading.Event()
 

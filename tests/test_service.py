@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -254,6 +255,7 @@ def test_a_firing_that_cannot_be_written_down_is_not_lost(
         with monkeypatch.context() as patch:
             patch.setattr(store, "request_cycle", lambda *a, **k: (_ for _ in ()).throw(full))
             made._catch_up()
+            made._seen()
         assert store.unfinished() == []
         assert json.loads(store.get_meta("schedule") or "") == told, "another start would make it up"
         monkeypatch.setattr(service.schedule, "LOOK_SECONDS", 0)
@@ -261,10 +263,52 @@ def test_a_firing_that_cannot_be_written_down_is_not_lost(
         try:
             made._look_at_the_clock()
             made._look_at_the_clock()
+            done = threading.Event()
+            made._schedule.soon(done.set)  # after what was asked for before
+            assert done.wait(30)
         finally:
             made._schedule.stop()
             made._control.close()
         assert [cycle.requested_by for cycle in store.unfinished()] == ["schedule"]
+
+
+def test_a_reload_does_not_lose_a_firing_that_was_slept_through(tmp_path: Path, base: Path) -> None:
+    """The machine wakes up, and is told to reload before it has looked at the clock."""
+    path = write_config(tmp_path, base, schedule__cron="0 3 1 1 *")
+    settings = config.load(path)
+    with Store.open(settings.store_path) as store:
+        made = service.Service(path, settings, store, Notifier.from_environment(), queue.SimpleQueue())
+        try:
+            made._plan()
+            told = {"cron": "0 3 1 1 *", "timezone": "UTC", "seen": "2020-06-01T00:00:00Z"}
+            store.set_meta("schedule", json.dumps(told))
+            edit(path, 'cron = "0 3 1 1 *"', 'cron = "0 4 1 1 *"')
+            made._reload()
+            assert [cycle.requested_by for cycle in store.unfinished()] == ["schedule"]
+            made._reload()
+            assert len(store.cycles()) == 1, "it is made up once"
+            assert json.loads(store.get_meta("schedule") or "")["cron"] == "0 4 1 1 *"
+        finally:
+            made._control.close()
+
+
+def test_a_reload_waits_for_a_busy_store_and_the_watchdog_does_not(tmp_path: Path, base: Path) -> None:
+    path = write_config(tmp_path, base)
+    settings, mail = config.load(path), queue.SimpleQueue[str]()
+    with Store.open(settings.store_path) as store:
+        made = service.Service(path, settings, store, Notifier.from_environment(), mail)
+        turns = threading.Semaphore(0)
+        made._report = turns.release  # type: ignore[method-assign]
+        thread = threading.Thread(target=made.run)
+        thread.start()
+        assert turns.acquire(timeout=60)
+        with store.transaction():  # as an erasure that writes the store anew holds it
+            mail.put("reload")
+            for _ in range(3):
+                assert turns.acquire(timeout=30)
+        mail.put("stop")
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_a_firing_missed_while_it_was_down_is_made_up_once(tmp_path: Path, base: Path) -> None:

@@ -232,7 +232,8 @@ RETURNING *;
 
 -- name: insert_predictions
 INSERT INTO predictions
-SELECT $model, $exam, row_hash, prediction, exact_match, token_f1, score FROM given
+SELECT $model, $exam, row_hash, prediction, exact_match, token_f1, score
+FROM given ANTI JOIN erased ON erased.hash = given.row_hash  -- erased while the exam was sat
 ON CONFLICT DO NOTHING;
 
 -- name: predictions
