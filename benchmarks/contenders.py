@@ -136,15 +136,6 @@ _ALL = (
         trial=True,
     ),
     Contender(
-        name="replay5-thinned+lwf-growing+merge",
-        about="the same with a rate of 1e-3, that ends 0.8 of the way from the champion",
-        strategy=_small(
-            "replay", "lwf", "merge", replay_dropout=0.2, replay_ratio=0.7, replay_repeats=1.5, merge_weight=0.8
-        ),
-        train={"learning_rate": 1e-3},
-        trial=True,
-    ),
-    Contender(
         name="replay5-thinned+lwf-fastest",
         about="the same with twice the learning rate",
         strategy=_small("replay", "lwf", replay_dropout=0.2, replay_ratio=0.4),

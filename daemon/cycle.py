@@ -373,7 +373,7 @@ class CycleRunner:
     def _ended_by(self, cycle_id: int, error: Exception) -> Cycle:
         """An erasure cancels, and takes rows away from a step in its midst: that is no fault."""
         if isinstance(error, Cancelled) or self.store.is_cancelled(cycle_id):
-            return self._end(cycle_id, State.CANCELLED, "cancelled by hand; its rows stay pending")
+            return self._end(cycle_id, State.CANCELLED, "cancelled; its rows stay pending")
         if isinstance(error, HoldfastError):
             return self._fail(cycle_id, str(error))
         if isinstance(error, OSError):

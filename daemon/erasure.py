@@ -70,7 +70,10 @@ def plan(store: Store, wanted: Choice) -> Plan:
     """What `begin` would do. Raises `ControlError` when no row is meant."""
     rows = store.chosen_rows(wanted)
     questions = {normalise(row.question) for row in rows}
-    quarantined = [refused for refused in store.quarantined(ALL) if _is_meant(refused, wanted, questions)]
+    words = {row.words_key for row in rows}
+    quarantined = [
+        refused for refused in store.quarantined(ALL) if _is_meant(refused, wanted, questions, words)
+    ]
     if not rows and not quarantined:
         raise ControlError("no row fits; `daemon status` names the tasks, `daemon quarantine` refused rows")
     hashes = [row.hash for row in rows]
@@ -154,12 +157,14 @@ def finish(settings: Settings, store: Store, registry: Registry) -> None:
     log.info("erased, everywhere", extra={"action": "erasure-done"})
 
 
-def _is_meant(refused: Rejected, wanted: Choice, questions: Collection[str]) -> bool:
-    """Whether a quarantined row fits, or asks what one of the rows asks: then it has their text too."""
+def _is_meant(refused: Rejected, wanted: Choice, questions: Collection[str], words: Collection[str]) -> bool:
+    """Whether a quarantined row fits, or asks what one of the rows asks, be it in other words' order: then
+    it has their text too, and would be taken in once they are gone."""
     told = json.loads(refused.raw)
     said = {name: str(told.get(name) or "") for name in ("question", "answer", "context")}
     said |= {"task": refused.task or "", "source": refused.source}
-    if normalise(said["question"]) in questions:
+    asked = Row(id="", task="", question=said["question"], answer="", context=said["context"])
+    if normalise(asked.question) in questions or asked.words_key in words:
         return True
     text = f"{refused.raw} {refused.detail}".casefold()
     return (

@@ -105,6 +105,8 @@ class _Desk:
         if last == row_hash and not _is_news(given, at):
             return
         answers = self.answers.get(key, {})
+        if at is not None and given is None and row_hash in answers:
+            return  # without a time it is no newer than what the same id said with one
         if row_hash not in answers:
             if refusal := self._refusal(row, question_key, words_key, list(answers.values())):
                 self.rejected.append(_reject(row, *refusal, self.source, self.now))

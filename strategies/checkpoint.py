@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from storage.artifacts import make_folder, write_file
 from storage.errors import UNREADABLE, IntegrityError
 from strategies.contract import CurvePoint, TrainJob
+from strategies.model import choose_device, uses_bfloat16
 
 FORMAT = 1
 INFO = "checkpoint.json"
@@ -53,12 +54,21 @@ class Course:
         return cls(**{**values, "curve": [CurvePoint.from_dict(point) for point in values["curve"]]})
 
 
+def arithmetic(job: TrainJob) -> str:
+    """What decides the last bits beside the job: the processor, its numbers, how many sum up, and torch."""
+    device = torch.device(choose_device(job.model.device))
+    numbers = "bfloat16" if uses_bfloat16(job.model.dtype, device) else "float32"
+    threads = job.train.threads or torch.get_num_threads()
+    return f"{device.type} in {numbers} with {threads} threads and torch {torch.__version__}"
+
+
 class Checkpoints:
     """The newest checkpoint of one job in its `work` directory; those of other jobs are not seen."""
 
     def __init__(self, folder: Path, job: TrainJob) -> None:
         self.folder = Path(folder)
         self._job = job.digest
+        self._made_on = arithmetic(job)
 
     def save(self, course: Course, tensors: dict[str, Tensor]) -> None:
         make_folder(self.folder)
@@ -67,11 +77,13 @@ class Checkpoints:
         name = f"checkpoint-{course.steps}-{digest[:8]}.safetensors"
         write_file(self.folder / name, data)
         info = {"format": FORMAT, "job": self._job, "tensors": name, "sha256": digest}
+        info["made_on"] = self._made_on
         write_file(self.folder / INFO, json.dumps({**info, "course": dataclasses.asdict(course)}))
         self._tidy(keep=name)
 
     def load(self) -> tuple[Course, dict[str, Tensor]] | None:
-        """What was saved last, or None. Raises `IntegrityError` when it is damaged."""
+        """What was saved last, or None. Raises `IntegrityError` when it is damaged, or was made in another
+        arithmetic, in which the training would end in an adapter of neither."""
         path = self.folder / INFO
         if not path.exists():
             return None
@@ -82,6 +94,9 @@ class Checkpoints:
             data = (self.folder / info["tensors"]).read_bytes()
             if hashlib.sha256(data).hexdigest() != info["sha256"]:
                 raise ValueError(f"{info['tensors']} was changed")
+            made_on = info.get("made_on", self._made_on)  # the oldest do not say
+            if made_on != self._made_on:
+                raise IntegrityError(f"the checkpoint {path} was made on {made_on}, this is {self._made_on}")
             return Course.from_dict(info["course"]), load_tensors(data)
         except (*UNREADABLE, SafetensorError) as error:
             raise IntegrityError(

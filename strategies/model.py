@@ -59,7 +59,7 @@ class Base:
 
 def load_base(spec: ModelSpec) -> Base:
     """The base in evaluation mode, frozen. Raises `ModelError` when it cannot be loaded."""
-    device = torch.device(_device(spec.device))
+    device = torch.device(choose_device(spec.device))
     model, tokenizer = load_folder(spec.path)
     model.requires_grad_(False)
     model.config.use_cache = False  # packing and training need it off; generation asks for it
@@ -290,7 +290,7 @@ def deterministic(seed: int, threads: int, device: str = "cpu") -> Iterator[None
     filling = switches.fill_uninitialized_memory
     switches.fill_uninitialized_memory = False  # a debugging aid that costs a sixth of a step
     try:
-        with _attention(_device(device)):
+        with _attention(choose_device(device)):
             yield
     finally:
         torch.use_deterministic_algorithms(False)
@@ -302,7 +302,8 @@ def _attention(device: str) -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH) if device.startswith("cuda") else contextlib.nullcontext()
 
 
-def _device(wanted: str) -> str:
+def choose_device(wanted: str) -> str:
+    """`auto` made definite. Raises `ModelError` for a GPU that is not there."""
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():

@@ -147,6 +147,21 @@ def test_what_is_saved_is_what_is_loaded(base: Path, tmp_path: Path) -> None:
     assert all(torch.equal(found[1][name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_checkpoint_of_another_arithmetic_is_not_continued(
+    whole: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that was not up at the first start, a virtual machine on another processor, a new torch."""
+    asked = again(whole, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("strategies.checkpoint.uses_bfloat16", lambda dtype, device: True)
+        with pytest.raises(Interrupted):
+            train(asked, lambda progress: None, StopAfter(9))
+    report = run(asked)
+    assert report.resumed == 0
+    assert any("was made on cpu in bfloat16" in note and "began again" in note for note in report.notes)
+    assert_same(asked, whole)
+
+
 def test_a_crash_while_saving_leaves_the_checkpoint_before(base: Path, tmp_path: Path) -> None:
     """Until `checkpoint.json` is replaced, the old one and its tensors stand."""
     checkpoints = Checkpoints(tmp_path, job(base, tmp_path, tmp_path / "out"))

@@ -190,6 +190,21 @@ def test_a_collector_that_repeats_its_ids_makes_no_noise_either(
     assert store._db.script("SELECT count(*) FROM labels") == [(2,)]
 
 
+@pytest.mark.parametrize("old", [None, 99_999])
+def test_an_old_answer_without_a_time_does_not_come_back_between_two_full_scans(
+    store: Store, old: int | None
+) -> None:
+    """A pull finds rows without a time each time, the same id's newer answer only while it is new."""
+    mistaken, corrected = row("nine", old, id="7"), row("ten", 2, id="7")
+    deliver(store, [mistaken, corrected])
+    for _ in range(3):
+        deliver(store, [mistaken])
+        assert counting(store) == ["ten"]
+    assert len(store.supersessions()) == 1
+    deliver(store, [row("nine", 3, id="7")])
+    assert counting(store) == ["nine"], "with a later time it is a correction"
+
+
 def test_a_correction_from_a_file_is_not_undone_by_reading_the_source_again(store: Store) -> None:
     tell(store, row("nine", id="7"), source="table")
     tell(store, row("ten", id="7"), source="file")

@@ -1,6 +1,7 @@
 """What was erased is in no file of the state directory, and nobody who learned it answers."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from storage.records import State
 from storage.removals import Removals
 from storage.rows import Row, Split
 from storage.store import Store
-from tests.bots import FLAVOURS, Bot, audited, lesson, make_bot, put_back
+from tests.bots import FLAVOURS, Bot, audited, lesson, make_bot, make_bot_again, put_back
 from tests.daemons import DaemonProcess, cli
 
 SECRETS = {split: f"does zanzibar-{split}-q like it" for split in ("train", "validation", "suite")}
@@ -39,6 +40,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[Bot, Pa
     bot.store.close()
     copy = tmp_path_factory.mktemp("copy") / "state"
     shutil.copytree(bot.settings.state_dir, copy)
+    shutil.copy(bot.home / "qa.duckdb", copy.parent)
     return bot, copy
 
 
@@ -49,6 +51,7 @@ def bot(grown: tuple[Bot, Path]) -> Iterator[Bot]:
     yield made
     made.store.close()
     put_back(made, copy)
+    shutil.copy(copy.parent / "qa.duckdb", made.home)
 
 
 def meant(**which: Any) -> dict[str, Any]:
@@ -217,6 +220,63 @@ def test_a_cycle_that_was_under_way_is_cancelled_and_leaves_nothing(bot: Bot) ->
     assert after.state is State.CANCELLED
     assert files_with(bot, "zanzibar-new") == []
     assert champion(bot) == 3, "it had not learned it"
+    assert audited(bot) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "row"),
+    [
+        ("daemon.examination.check_suites", "s-suite"),
+        ("daemon.experience.settle_tasks", "s-suite"),
+        ("daemon.examination._store_predictions", "sizes-21"),
+    ],
+)
+def test_an_erasure_in_the_middle_of_a_step_cancels_the_cycle_and_leaves_no_answer(
+    bot: Bot, monkeypatch: pytest.MonkeyPatch, place: str, row: str
+) -> None:
+    """The step finds rows gone that it counted on, or has answers to rows that are gone."""
+    bot.collect(lesson("sizes", FLAVOURS))
+    module, name = place.rsplit(".", 1)
+    real = getattr(sys.modules[module], name)
+
+    def erased_meanwhile(*args: Any) -> Any:
+        monkeypatch.undo()
+        begin(bot, row=row)
+        return real(*args)
+
+    monkeypatch.setattr(place, erased_meanwhile)
+    cycle = bot.run()
+    assert (cycle.state, cycle.reason) == (State.CANCELLED, "cancelled; its rows stay pending")
+    erasure.finish(bot.settings, bot.store, bot.registry)
+    promote.repair_alias(bot.store, bot.registry)
+    assert audited(bot) == []
+
+
+def test_what_asks_with_the_same_words_is_erased_from_quarantine(bot: Bot) -> None:
+    """It has them, and the id of the row that it was too near to; and would be taken in once that is gone."""
+    near = [("near", "flavours", "like it: does zanzibar-suite-q?", ANSWER, "train")]
+    bot.collect(near)
+    assert bot.run().state is State.NOTHING
+    assert {each.reason for each in bot.store.quarantined()} >= {"near-duplicate"}
+    erase(bot, row="s-suite")
+    assert files_with(bot, "s-suite") == []
+    assert files_with(bot, "zanzibar-suite") == []
+    bot.run()
+    assert files_with(bot, "zanzibar-suite") == [], "the collector still has both"
+    assert audited(bot) == []
+
+
+def test_the_alias_challenger_leaves_a_version_that_learned_what_was_erased(bot: Bot, base: Path) -> None:
+    bot = make_bot_again(bot, base, **{"gate.min_gain": 1.0})
+    bot.collect([("new", "sizes", "does zanzibar-new fit", ANSWER, "train"), *lesson("sizes", FLAVOURS)])
+    cycle = bot.run()
+    assert cycle.state is State.REJECTED
+    assert bot.registry.alias(promote.CHALLENGER) == cycle.version
+    assert audited(bot) == []
+    begin(bot, row="new")
+    assert bot.registry.alias(promote.CHALLENGER) == cycle.version
+    erasure.finish(bot.settings, bot.store, bot.registry)
+    assert bot.registry.alias(promote.CHALLENGER) is None
     assert audited(bot) == []
 
 

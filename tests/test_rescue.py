@@ -5,7 +5,7 @@ What the models answer is scripted, except in the first test, so that each way i
 
 import json
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -468,6 +468,30 @@ def test_when_the_time_for_rescuing_is_over_the_cycle_is_rejected(
     assert len(rescued.store.candidates(cycle.id)) == made
     assert "then the time for rescuing was over" in (cycle.reason or "")
     check_one_candidate_everywhere(rescued, cycle, 1)
+
+
+def test_a_rescue_that_the_clock_ended_is_given_one_more_night(rescued: Bot) -> None:
+    script(rescued).suites[2] = FORGOT
+
+    def wait(begun: str) -> None:
+        if begun == "blend":
+            rescued.clock.now += timedelta(hours=3)
+
+    def night() -> Cycle:
+        return rescued.run(rescued.store.request_cycle("schedule", "schedule"))
+
+    rescued.executor.before = wait
+    first, second, third = night(), night(), night()
+    assert (first.state, second.state) == (State.REJECTED, State.REJECTED)
+    assert third.state is State.NOTHING, "a machine that is always too slow does not train for ever"
+    assert f"rejected in cycle {second.id}" in (third.reason or "")
+
+
+def test_a_rescue_that_came_to_its_end_is_not_tried_again_by_schedule(rescued: Bot) -> None:
+    script(rescued).suites |= dict.fromkeys((2, 3, 4), FORGOT)
+    assert rescued.run().state is State.REJECTED
+    again = rescued.run(rescued.store.request_cycle("schedule", "schedule"))
+    assert again.state is State.NOTHING
 
 
 def test_a_first_cycle_has_no_champion_to_be_blended_with(tmp_path: Path, base: Path) -> None:

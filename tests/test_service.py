@@ -401,7 +401,7 @@ def test_sigterm_in_mid_training_is_quick_and_the_cycle_goes_on_at_the_next_star
         assert worker
         for pid in worker:  # it would be done before a command has started
             os.kill(pid, signal.SIGSTOP)
-        assert "cycle 1: train" in cli(path, "status").stdout
+        assert "cycle 1: " in cli(path, "status").stdout  # it may be in a validation just now
         for pid in worker:
             os.kill(pid, signal.SIGCONT)
         started = time.monotonic()
