@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from daemon import access, config, console, operations, statedir, unit
+from daemon import cli as command
 from daemon.cli import EXIT_CODES
+from storage import artifacts
 from storage.errors import ConfigError, StoreBusy
 from storage.records import State
 from storage.rows import Row, Split
@@ -367,3 +370,19 @@ def test_root_acts_as_the_owner_of_the_state_directory(path: Path) -> None:
         paused = operations.paused(store)
     assert paused is not None
     assert paused["by"].startswith("root")
+
+
+def test_an_error_of_the_system_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A folder of another account, of which the system names only the last part."""
+
+    def refuses(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", "a")
+
+    monkeypatch.setattr(shutil, "rmtree", refuses)
+    monkeypatch.setattr(command, "app", lambda prog_name: artifacts.remove(tmp_path / "a"))
+    with pytest.raises(SystemExit, match="1"):
+        command.main()
+    told = capsys.readouterr().err
+    assert f"Permission denied: '{tmp_path / 'a'}'; free space or fix the permissions" in told

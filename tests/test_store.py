@@ -1,5 +1,6 @@
 """What the store promises: rows once, cycles along their arrows, promotions on record."""
 
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -500,3 +501,23 @@ def test_a_reader_that_comes_in_between_costs_a_try_and_not_the_store(
     monkeypatch.setattr(database, "_connect", connect)
     assert [event.kind for event in store.events()] == ["started"]
     assert len(reader) >= 2
+
+
+def test_a_copy_that_the_disk_has_no_room_for_leaves_nothing_behind_and_the_next_try_may_come(
+    tmp_path: Path,
+) -> None:
+    """A limit on the size of files stands for the disk."""
+    path = tmp_path / "store.duckdb"
+    with Store.open(path) as store:
+        store.set_meta("much", "".join(map(str, range(400_000))))
+        store.refresh()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, hard))
+        try:
+            with pytest.raises(StoreError):
+                store.rewrite()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
+        store.rewrite()
+        assert (store.get_meta("much") or "").startswith("0123")
