@@ -57,7 +57,11 @@ def examine(
         return
     for check in CHECKS:
         on_check(check.__name__)
-        yield from _told(check, evidence)
+        found = list(_told(check, evidence))
+        while found and evidence.is_overtaken():
+            evidence = gather(settings, store, registry, tick)
+            found = list(_told(check, evidence))
+        yield from found
 
 
 def _told(check: Callable[[T], Iterator[Wrong]], subject: T) -> Iterator[Finding]:

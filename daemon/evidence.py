@@ -61,6 +61,10 @@ class Evidence:
     def path(self, relative: str) -> Path:
         return self.settings.state_dir / relative
 
+    def is_overtaken(self) -> bool:
+        """Whether something was removed on purpose since the records were read, which misses it."""
+        return self.store.pruned().keys() != self.pruned
+
     # Files.
 
     @cached_property

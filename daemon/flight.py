@@ -207,7 +207,7 @@ class Flight:
             self._tell(
                 cycle_id=cycle_id, progress=None, waiting=Waiting(reason=reason, until=until, tries=tries)
             )
-            self._turn.wait_for(lambda: self._retry_now or self._closing, seconds)
+            self._turn.wait_for(lambda: self._retry_now or self._asked or self._closing, seconds)
         self._tidy()  # an erasure does not wait for a collector that never lets go
         while not self._may_try():
             self._tidy()

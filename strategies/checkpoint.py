@@ -96,7 +96,8 @@ class Checkpoints:
                 raise ValueError(f"{info['tensors']} was changed")
             made_on = info.get("made_on", self._made_on)  # the oldest do not say
             if made_on != self._made_on:
-                raise IntegrityError(f"the checkpoint {path} was made on {made_on}, this is {self._made_on}")
+                told = f"the checkpoint {path} was made on {made_on}, this is {self._made_on}"
+                raise IntegrityError(f"{told}; move it aside, and the training begins again")
             return Course.from_dict(info["course"]), load_tensors(data)
         except (*UNREADABLE, SafetensorError) as error:
             raise IntegrityError(

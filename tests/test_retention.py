@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from daemon import operations, promote, report, retention
+from daemon import audit, operations, promote, report, retention
 from daemon.executor import Stop
 from storage.errors import ControlError, Interrupted, RegistryUnavailable
 from storage.records import State
@@ -169,6 +169,21 @@ def test_an_unfinished_cycle_finds_everything_that_it_needs(bot: Bot) -> None:
     assert audited(bot) == []
     assert there(bot, 4)
     assert bot.run(cycle).state is State.REJECTED
+
+
+def test_an_audit_that_a_pruning_overtakes_misses_nothing(bot: Bot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audit reads the records first, and the files when it comes to them."""
+    real, gone = audit.gather, set()
+
+    def gathered(*given: Any) -> Any:
+        found = real(*given)
+        gone.update(prune(bot))
+        return found
+
+    monkeypatch.setattr(audit, "gather", gathered)
+    assert audited(bot) == []
+    assert any(path.startswith("snapshots/") for path in gone)
+    assert any(path.startswith("cycles/") for path in gone)
 
 
 def test_a_snapshot_that_is_taken_again_is_no_longer_pruned(bot: Bot) -> None:
