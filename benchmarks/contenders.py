@@ -129,13 +129,6 @@ _ALL = (
         train={"learning_rate": 7.5e-4},
     ),
     Contender(
-        name="replay5-thinned+lwf-growing",
-        about="the same with up to 0.7 remembered rows for a new one, but each at most 1.5 times an epoch",
-        strategy=_small("replay", "lwf", replay_dropout=0.2, replay_ratio=0.7, replay_repeats=1.5),
-        train={"learning_rate": 7.5e-4},
-        trial=True,
-    ),
-    Contender(
         name="replay5-thinned+lwf-fastest",
         about="the same with twice the learning rate",
         strategy=_small("replay", "lwf", replay_dropout=0.2, replay_ratio=0.4),

@@ -122,12 +122,6 @@ class StrategySettings(Section):
         le=10,
         description="Replayed rows for each new row, in every epoch. Costs as much time.",
     )
-    replay_repeats: float = Field(
-        StrategySpec.replay_repeats,
-        ge=0,
-        description="replay only: how often an epoch repeats a remembered row, at most; saves time while few "
-        "are remembered. 0: as often as the ratio takes.",
-    )
     replay_policy: Literal["balanced", "herding", "reservoir", "hardest", "spaced"] = Field(
         "balanced",
         description="balanced: equal room for every task and answer. herding: the same, for the most typical "

@@ -125,7 +125,6 @@ class StrategySpec(Record):
     replay_size: int = 1000  # rows kept over all past tasks, at most
     replay_share: float = 1.0  # and at most this share of all rows seen so far
     replay_ratio: float = 0.5  # replayed rows for each new row, in every epoch
-    replay_repeats: float = 0.0  # how often an epoch repeats a remembered row, at most; 0: as it takes
     replay_policy: str = "balanced"  # balanced | herding | reservoir | hardest | spaced
     replay_dropout: float = 0.2  # share of a rehearsed question's tokens that are left out, others each time
     der_weight: float = 0.5

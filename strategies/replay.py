@@ -90,8 +90,6 @@ class Replay(Rehearsal):
         """Extends the loader, as Avalanche's own replay plugin replaces it."""
         super().before_training_exp(strategy, **kwargs)
         count = rehearsals(self.spec, len(strategy.experience.new))
-        if self.spec.replay_repeats:  # what an epoch rehearses grows with what is remembered
-            count = min(count, max(1, round(self.spec.replay_repeats * len(self.memory))))
         if len(self.memory) and count:
             strategy.dataloader.also(self._rehearsals(strategy.base.prompter.pieces, count))
 

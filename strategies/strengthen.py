@@ -13,9 +13,7 @@ MOST_REPLAYED = 4.0  # rows rehearsed for each new one: more would be training o
 
 
 def _more_replay(spec: StrategySpec) -> StrategySpec:
-    ratio = max(spec.replay_ratio, min(2 * spec.replay_ratio, MOST_REPLAYED))
-    repeats = spec.replay_repeats * (2 if ratio > spec.replay_ratio else 1)
-    return replace(spec, replay_ratio=ratio, replay_repeats=repeats)
+    return replace(spec, replay_ratio=max(spec.replay_ratio, min(2 * spec.replay_ratio, MOST_REPLAYED)))
 
 
 def _times(setting: str, factor: float) -> Callable[[StrategySpec], StrategySpec]:

@@ -199,9 +199,3 @@ def test_replay_stops_at_four_rows_for_each_new_one() -> None:
     stronger = strengthened(StrategySpec(methods=("replay",), replay_ratio=3.0))
     assert stronger is not None
     assert stronger.replay_ratio == 4.0
-
-
-def test_more_replay_is_more_where_repeats_are_bounded_too() -> None:
-    stronger = strengthened(StrategySpec(methods=("replay",), replay_ratio=0.5, replay_repeats=1.5))
-    assert stronger is not None
-    assert (stronger.replay_ratio, stronger.replay_repeats) == (1.0, 3.0)

@@ -406,23 +406,6 @@ def test_only_rows_whose_answer_is_shared_and_that_have_no_context_are_thinned(
     assert watch.loader.rows(0) == watch.loader.rows(0)
 
 
-@pytest.mark.parametrize(("remembered", "rehearsed"), [(2, 3), (4, 6), (8, 8)])
-def test_what_is_rehearsed_grows_with_what_is_remembered(
-    base: Path, tmp_path: Path, remembered: int, rehearsed: int
-) -> None:
-    """Each row 1.5 times an epoch, until that is more than the ratio allows."""
-    replay, watch = (
-        Replay(replace(REPLAY, replay_ratio=1.0, replay_repeats=1.5), seed=0),
-        Watch(REPLAY, seed=0),
-    )
-    learner = trainings.learner(base, tmp_path, [replay, watch])
-    memory = encode(lesson("a", remembered), learner.base.prompter, replayed=True)
-    replay.memory = remember([seen(row) for row in memory], size=12)
-    new = encode(lesson("b", 8), learner.base.prompter)
-    learner.train(LanguageExperience(new=new, memory=memory), eval_streams=[])
-    assert [len(watch.loader.rows(epoch)) for epoch in range(2)] == [8 + rehearsed] * 2
-
-
 def test_that_an_answer_is_shared_is_remembered_when_the_others_are_gone() -> None:
     memory = remember(rows("a", 1, "x"), rows("a", 1, "y"), size=9)
     assert not any(trace.is_shared for trace in memory.tasks["a"].values())
