@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from daemon.erasure import content_hash, holds
+from daemon.erasure import content_hash, holds, is_due
 from daemon.evidence import Evidence, Wrong, identity
 from storage.runs import PREDICTIONS
 from storage.store import ALL
@@ -26,7 +26,7 @@ def each_erasure_is_finished(evidence: Evidence) -> Iterator[Wrong]:
 def no_erased_row_is_left_anywhere(evidence: Evidence) -> Iterator[Wrong]:
     """Neither in the store, nor in a Parquet file, nor in MLflow's tables."""
     erased = evidence.store.erased()
-    if not erased or any(erasure.done_at is None for erasure in evidence.store.erasures()):
+    if not erased or is_due(evidence.store):
         return
     for row in evidence.every_row():
         if not erased.isdisjoint((row.hash, identity(row)[0])):

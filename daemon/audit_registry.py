@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
 from daemon import report
+from daemon.erasure import is_due
 from daemon.evidence import BACKUP, Evidence, Wrong, same
 from daemon.flight import HOUSEKEEPING_SECONDS
 from daemon.promote import CHALLENGER, CHAMPION
@@ -60,7 +61,7 @@ def the_alias_challenger_is_the_newest_candidate(evidence: Evidence) -> Iterator
     if champion and champion.version == newest and evidence.now - champion.at > CATCHES_UP:
         allowed = {None}
     if newest in evidence.store.tainted():
-        allowed = {None} if all(erasure.done_at for erasure in evidence.store.erasures()) else {newest, None}
+        allowed = {newest, None} if is_due(evidence.store) else {None}
     if alias not in allowed:
         at = f"version {alias}" if alias else "no version"
         told = f"MLflow's alias {CHALLENGER} is at {at}, the newest candidate is version {newest}"

@@ -288,8 +288,8 @@ class CycleRunner:
         """The cycle that failed the gate with this very snapshot, thresholds and all: training it again
         would give the same adapter and the same verdict, every night. Where time ran out, another night may
         do better; one more, as a machine may always be too slow."""
-        verdicts = [(tried, self.store.verdict(tried.id)) for tried in self.store.cycles_with(snapshot)]
-        rejected = [tried for tried, verdict in verdicts if verdict is not None and not verdict[0]]
+        cycles = self.store.cycles_with(snapshot)
+        rejected = [tried for tried in cycles if (verdict := self.store.verdict(tried.id)) and not verdict[0]]
         tried_all = [tried for tried in rejected if not self.store.events(1, tried.id, OUT_OF_TIME)]
         if tried_all or len(rejected) > 1:
             return [*tried_all, *rejected][0]

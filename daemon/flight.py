@@ -235,9 +235,11 @@ class Flight:
         if self._untidy and not self._closing:
             self._untidy = self._asked = False  # before the work: what comes up meanwhile is not lost
             try:
-                self._untidy = not self._housekeeping() or self._untidy
+                tidy = self._housekeeping()
             except Exception:  # a bug: told, and no reason that no cycle runs
                 log.exception("internal error while tidying up", extra={"action": "untidy"})
+                tidy = False
+            if not tidy:
                 self._untidy = True
 
     # Shared.

@@ -88,7 +88,8 @@ def repair_alias(store: Store, registry: Registry) -> None:
             registry.delete_alias(CHAMPION)
         elif registry.alias(CHAMPION) != wanted.version:
             registry.set_alias(CHAMPION, wanted.version, wanted.adapter_hash)
-        if registry.alias(CHALLENGER) in {wanted and wanted.version, *store.tainted()} - {None}:
+        unfit = store.tainted() | ({wanted.version} if wanted else set())
+        if registry.alias(CHALLENGER) in unfit:
             registry.delete_alias(CHALLENGER)
 
 

@@ -197,8 +197,7 @@ def _remove_result(result: Path) -> None:
 
 def _remove(path: Path) -> None:
     for each in (path, path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")):
-        if each.exists():
-            artifacts.remove(each)
+        artifacts.remove(each)
 
 
 def _remove_from_mlflow(store: Store, registry: Registry) -> None:

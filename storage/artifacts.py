@@ -115,7 +115,7 @@ def atomic_dir(final: str | Path, extra: Mapping[str, Any] | None = None) -> Ite
     make_folder(final.parent)
     aside, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     for leftover in (aside, old):
-        _remove(leftover)
+        remove(leftover)
     aside.mkdir()
     try:
         yield aside
@@ -126,16 +126,18 @@ def atomic_dir(final: str | Path, extra: Mapping[str, Any] | None = None) -> Ite
     except BaseException:
         if old.exists() and not final.exists():
             old.rename(final)
-        _remove(aside)
+        remove(aside)
         raise
     fsync(final.parent)
-    _remove(old)
+    remove(old)
 
 
 def remove(directory: Path) -> None:
-    """A folder and all that is in it. Raises `OSError` that names the whole path, which `rmtree` does not."""
+    """A folder, if it is there, and all that is in it. Raises `OSError` that names the whole path, which
+    `rmtree` does not."""
     try:
-        shutil.rmtree(directory)
+        if directory.exists():
+            shutil.rmtree(directory)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(directory)) from None
 
@@ -165,8 +167,3 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)

@@ -285,20 +285,21 @@ def _check_length(row: Row, count_tokens: CountTokens | None, max_tokens: int) -
 def _refused_as_too_long(raw: RawRow) -> str:
     """Its hash in quarantine, had it been so. Of a shortened row that is all that an erasure can leave; it
     must not come back when `model.max_tokens` is raised."""
-    return _identity(raw.values, "too-long")
+    return _identity(_all_plain(raw.values), "too-long")
 
 
-def _identity(values: Mapping[str, object], reason: str) -> str:
-    return rejection_hash(json.dumps(_all_plain(values), sort_keys=True), reason)
+def _identity(plain: Mapping[str, object], reason: str) -> str:
+    return rejection_hash(json.dumps(plain, sort_keys=True), reason)
 
 
 def _reject(raw: RawRow, refusal: _Refused, source: str, now: datetime) -> Rejected:
     """The identity covers everything that was delivered; what is kept to look at may be shortened."""
+    plain = _all_plain(raw.values)
     return Rejected(
-        hash=_identity(raw.values, refusal.reason),
+        hash=_identity(plain, refusal.reason),
         id=_label(raw.values.get("id")),
         task=_label(raw.values.get("task")),
-        raw=json.dumps({n: _shorten(v) for n, v in _all_plain(raw.values).items()}, ensure_ascii=False),
+        raw=json.dumps({name: _shorten(value) for name, value in plain.items()}, ensure_ascii=False),
         reason=refusal.reason,
         detail=_storable(f"{raw.location}: {refusal.detail}"),
         source=source,

@@ -76,8 +76,8 @@ class Checkpoints:
         digest = hashlib.sha256(data).hexdigest()
         name = f"checkpoint-{course.steps}-{digest[:8]}.safetensors"
         write_file(self.folder / name, data)
-        info = {"format": FORMAT, "job": self._job, "tensors": name, "sha256": digest}
-        info["made_on"] = self._made_on
+        info = {"format": FORMAT, "job": self._job, "made_on": self._made_on}
+        info |= {"tensors": name, "sha256": digest}
         write_file(self.folder / INFO, json.dumps({**info, "course": dataclasses.asdict(course)}))
         self._tidy(keep=name)
 

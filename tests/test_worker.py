@@ -352,25 +352,14 @@ def test_errors_that_are_not_ours_are_one_line_for_people_and_a_traceback_in_the
     assert "Traceback" in noisy.errors()
 
 
-def test_sigterm_ends_a_stage_without_checkpoints_where_it_is(noisy: Child) -> None:
-    noisy.ask("talk", {})
-    assert "progress" in noisy.hear()
-    noisy.process.send_signal(signal.SIGTERM)
-    assert noisy.answer() == {"interrupted": True}
-    assert noisy.process.wait(SECONDS) == 75
-
-
-def test_sigterm_ends_an_idle_worker(noisy: Child) -> None:
-    noisy.ask("noise", {})
-    assert "done" in noisy.hear()
-    noisy.process.send_signal(signal.SIGTERM)
-    assert noisy.answer() == {"interrupted": True}
-    assert noisy.process.wait(SECONDS) == 75
-
-
-def test_sigterm_is_heard_while_the_main_thread_waits_in_c(noisy: Child) -> None:
-    noisy.ask("deaf", {})
-    assert "progress" in noisy.hear()
+@pytest.mark.parametrize(
+    ("stage", "first"),
+    [("talk", "progress"), ("noise", "done"), ("deaf", "progress")],
+    ids=["in a stage without checkpoints", "idle", "while the main thread waits in C"],
+)
+def test_sigterm_ends_a_worker_where_it_is(noisy: Child, stage: str, first: str) -> None:
+    noisy.ask(stage, {})
+    assert first in noisy.hear()
     noisy.process.send_signal(signal.SIGTERM)
     assert noisy.answer() == {"interrupted": True}
     assert noisy.process.wait(SECONDS) == 75
