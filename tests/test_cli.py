@@ -380,9 +380,11 @@ def test_an_error_of_the_system_is_told_in_a_line(
     def refuses(path: Path) -> None:
         raise PermissionError(13, "Permission denied", "a")
 
+    folder = tmp_path / "a"
+    folder.mkdir()
     monkeypatch.setattr(shutil, "rmtree", refuses)
-    monkeypatch.setattr(command, "app", lambda prog_name: artifacts.remove(tmp_path / "a"))
+    monkeypatch.setattr(command, "app", lambda prog_name: artifacts.remove(folder))
     with pytest.raises(SystemExit, match="1"):
         command.main()
     told = capsys.readouterr().err
-    assert f"Permission denied: '{tmp_path / 'a'}'; free space or fix the permissions" in told
+    assert f"Permission denied: '{folder}'; free space or fix the permissions" in told
