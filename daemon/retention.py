@@ -184,6 +184,17 @@ def _remove_files(settings: Settings, store: Store, kept: Kept) -> None:
         made = {candidate.result for candidate in store.candidates(cycle.id)}
         if cycle.state.ended and cycle.id not in kept.cycles and not made & kept.results:
             _remove(settings.state_dir / "cycles" / str(cycle.id))
+    if not kept.busy:
+        for orphan in _orphans(settings, store):
+            artifacts.remove(orphan)
+
+
+def _orphans(settings: Settings, store: Store) -> list[Path]:
+    """Snapshots that no cycle has, whole or half: it was killed before it noted them, and did not go on.
+    A folder of another name is somebody else's."""
+    taken = {cycle.snapshot for cycle in store.cycles(ALL)}
+    ours = {path: snapshots.id_of(path) for path in (settings.state_dir / "snapshots").glob("*")}
+    return [path for path, name in ours.items() if name and name not in taken]
 
 
 def _remove_result(result: Path) -> None:

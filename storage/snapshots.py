@@ -7,6 +7,7 @@ suites, counts, meta) and `manifest.json`, written last. Knows no database and n
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,12 @@ class Snapshot:
             if suite["task"] == task:
                 return self.path / str(suite["file"])
         raise IntegrityError(f"snapshot {self.id} has no suite for the task {task!r}; run `daemon doctor`")
+
+
+def id_of(path: Path) -> str | None:
+    """The id of the snapshot that the folder is, or was to become; None: it is something else."""
+    named = re.fullmatch(r"([0-9a-f]{16})|\.([0-9a-f]{16})\.tmp", path.name)
+    return named and (named[1] or named[2])
 
 
 def suite_hash(rows: Iterable[RowLike]) -> str:

@@ -198,6 +198,19 @@ def test_a_snapshot_that_is_taken_again_is_no_longer_pruned(bot: Bot) -> None:
     assert f"snapshots/{again.snapshot}" not in bot.store.pruned()
 
 
+def test_a_snapshot_that_no_cycle_noted_goes(bot: Bot) -> None:
+    folder = bot.settings.state_dir / "snapshots"
+    noted = {path.name for path in folder.iterdir()}
+    aside = f"{min(noted)}.damaged"
+    for name in (aside, "0123456789abcdef", ".fedcba9876543210.tmp"):
+        shutil.copytree(folder / min(noted), folder / name)
+    prune(bot)
+    left = {path.name for path in folder.iterdir()}
+    assert left <= {*noted, aside}
+    assert aside in left, "somebody moved it aside, to look at it"
+    assert audited(bot) == []
+
+
 @pytest.mark.parametrize(("keep", "left"), [(0, False), (1, True)])
 def test_unfinished_work_of_a_cycle_that_was_stopped_is_kept_only_on_demand(
     tmp_path: Path, base: Path, keep: int, left: bool
