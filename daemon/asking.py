@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from daemon import examination, experience
+from daemon.base import located
 from daemon.commands import prepared
 from daemon.settings import Settings
 from storage import snapshots
@@ -60,9 +61,11 @@ def questions() -> Iterator[str]:
 
 
 def _spec(settings: Settings, serving: dict[str, Any]) -> ModelSpec:
-    if serving["snapshot"]:
-        return examination.specs(snapshots.load(settings.state_dir / "snapshots" / serving["snapshot"])).model
-    return experience.model_spec(settings, prepared(settings))
+    now = experience.model_spec(settings, prepared(settings))
+    if not serving["snapshot"]:
+        return now
+    snapshot = snapshots.load(settings.state_dir / "snapshots" / serving["snapshot"])
+    return located(settings, examination.specs(snapshot).model)
 
 
 def _task(values: dict[str, Any]) -> Task:

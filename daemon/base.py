@@ -6,12 +6,14 @@ Never imports torch: rows are measured with the tokenizers library alone.
 import hashlib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from daemon.executor import Executor, OnProgress, Stop
 from daemon.settings import Settings
+from storage.errors import ModelError
 from strategies.base import prepared
-from strategies.contract import PreparedBase, PrepareJob
+from strategies.contract import ModelSpec, PreparedBase, PrepareJob
 from strategies.tokens import count_tokens_factory
 
 
@@ -34,6 +36,21 @@ def prepare_base(settings: Settings, executor: Executor, on_progress: OnProgress
     """
     job = PrepareJob(base=settings.model.base, out=str(base_folder(settings)))
     return prepared_base(settings) or executor.prepare(job, on_progress, stop)
+
+
+def located(settings: Settings, spec: ModelSpec) -> ModelSpec:
+    """The spec with the place where its base is now: the state directory may have moved.
+
+    Raises `ModelError` when there is none that is still what it was: adapters belong to one base.
+    """
+    for folder in (settings.state_dir / "models").glob("*"):
+        base = prepared(folder)
+        if base is not None and base.fingerprint == spec.fingerprint:
+            return replace(spec, path=base.path)
+    raise ModelError(
+        f"the base model at {spec.path} is not what it was (fingerprint {spec.fingerprint[:12]}); put its "
+        "files back, or start a new bot with another bot.state_dir and bot.name"
+    )
 
 
 def length_counter(settings: Settings, base: PreparedBase) -> Callable[[str, str], int]:

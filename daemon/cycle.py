@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from daemon import auto, examination, experience, gate, promote, publish, rescue
-from daemon.base import prepare_base
+from daemon.base import located, prepare_base
 from daemon.executor import Executor, Stop
 from daemon.pull import pull_source
 from daemon.settings import Settings
@@ -153,6 +153,7 @@ class CycleRunner:
 
     def _train(self, cycle: Cycle, stop: Stop) -> Cycle:
         snapshot = snapshots.load(self._snapshot_of(cycle))
+        self._check_same_base(cycle, snapshot, stop)
         candidate, stop = self._candidate(cycle, snapshot, stop)
         if candidate.kind == rescue.Kind.BLEND:
             return self._blend(cycle, snapshot, stop)
@@ -207,6 +208,7 @@ class CycleRunner:
 
     def _evaluate(self, cycle: Cycle, stop: Stop) -> Cycle:
         snapshot = snapshots.load(self._snapshot_of(cycle))
+        self._check_same_base(cycle, snapshot, stop)
         candidate, stop = self._candidate(cycle, snapshot, stop)
         examination.check_suites(self.store, snapshot)
         artifacts.verify(self._result(candidate))  # what sits the exam is what was trained
@@ -331,6 +333,10 @@ class CycleRunner:
                 f"model.base = {self.settings.model.base!r} is not the base of champion version "
                 f"{cycle.parent}; set it back, or start a new bot with another bot.state_dir and bot.name"
             )
+
+    def _check_same_base(self, cycle: Cycle, snapshot: Snapshot, stop: Stop) -> None:
+        self._base(cycle, stop)  # what was only touched is measured again
+        located(self.settings, examination.specs(snapshot).model)
 
     def _snapshot_of(self, cycle: Cycle) -> Path:
         assert cycle.snapshot is not None

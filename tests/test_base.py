@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from daemon import asking, examination, operations
+from daemon.base import located
+from storage import snapshots
 from storage.artifacts import verify
-from storage.errors import ModelError
+from storage.errors import Interrupted, ModelError
 from storage.records import State
 from strategies.answer import Answerer
 from strategies.base import RECORD, _stamp, fingerprint, prepare, prepared
@@ -152,6 +156,48 @@ def test_an_adapter_of_a_base_that_was_edited_since_is_not_trained_on(tmp_path: 
     bot.store.close()
     assert cycle.state is State.FAILED
     assert "is not the base of champion version 1" in (cycle.reason or "")
+
+
+def test_a_cycle_under_way_does_not_go_on_with_another_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose files were only copied over is the same."""
+    bot = make_bot(tmp_path)
+    bot.collect(lesson("colours"))
+    monkeypatch.setattr(bot.executor, "train", raises(Interrupted()))
+    with pytest.raises(Interrupted):
+        bot.run()
+    (left,) = bot.store.unfinished()
+    os.utime(tmp_path / "base" / "config.json")
+    with pytest.raises(Interrupted):
+        bot.run(left)
+    edit(tmp_path / "base", "weights")
+    cycle = bot.run(left)
+    bot.store.close()
+    assert cycle.state is State.FAILED
+    assert "is not what it was" in (cycle.reason or "")
+
+
+def test_a_version_answers_with_its_own_base_wherever_that_is_now(tmp_path: Path) -> None:
+    bot = make_bot(tmp_path)
+    bot.collect(lesson("colours"))
+    assert bot.run().version == 1
+    serving = operations.serving(bot.settings, bot.store)
+    bot.store.close()
+    snapshot = snapshots.load(bot.settings.state_dir / "snapshots" / serving["snapshot"])
+    spec = examination.specs(snapshot).model
+    assert located(bot.settings, replace(spec, path="/moved/away")) == spec
+    assert asking.load(bot.settings, serving, "colours").answer("which one is colours 1", "")
+    edit(tmp_path / "base", "weights")
+    with pytest.raises(ModelError, match="is not what it was"):
+        asking.load(bot.settings, serving, "colours")
+
+
+def raises(error: Exception) -> Callable[..., None]:
+    def fail(*args: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_a_multimodal_base_has_the_context_of_its_text_part(tmp_path: Path) -> None:
