@@ -391,6 +391,17 @@ def test_nobody_is_compared_over_other_seeds() -> None:
     ]
 
 
+def test_who_ran_some_of_the_seeds_is_shown_on_each_alone() -> None:
+    ran = {"naive": (0, 1, 2), "ewc": (0, 1, 2), "si": (1, 2)}
+    found = boards([told(name, 0.5, 100, seed=seed) for name, seeds in ran.items() for seed in seeds])
+    seen = [(board.seeds, [entry.name for entry in board.entries]) for board in found]
+    assert seen == [
+        ((1,), ["naive", "ewc", "si"]),
+        ((2,), ["naive", "ewc", "si"]),
+        ((0, 1, 2), ["naive", "ewc"]),
+    ]
+
+
 def test_a_cost_that_grows_has_a_slope_and_the_first_experience_does_not_count() -> None:
     found = growth([100.0, *(10.0 + n for n in range(30))])
     assert found.slope == pytest.approx(1.0)

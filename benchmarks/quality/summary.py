@@ -111,8 +111,8 @@ class MixedRecords(HoldfastError):
 
 
 def boards(records: Iterable[RunRecord]) -> list[Board]:
-    """One for each stream, order and set of seeds that somebody has run: seeds differ by more than methods
-    do, so nobody is compared over other ones.
+    """One for each stream, order and widest set of seeds that somebody has run, and for each seed of the
+    others: seeds differ by more than methods do, so nobody is compared over other ones.
 
     Raises `MixedRecords`.
     """
@@ -129,16 +129,18 @@ def boards(records: Iterable[RunRecord]) -> list[Board]:
 
 
 def _layers(found: Sequence[RunRecord]) -> Iterator[tuple[tuple[int, ...], list[RunRecord]]]:
-    """For each set of seeds that a contender has run: all who have run them. Failures go to the first."""
+    """For each set of seeds that a contender has run: all who have run them. Where others ran more, its seeds
+    are shown one by one. Failures go to the first."""
     ran: dict[str, frozenset[int]] = {}
     for record in found:
         if not record.failed:
             ran[record.plan.contender] = ran.get(record.plan.contender, frozenset()) | {record.plan.seed}
     rivals = {seeds for name, seeds in ran.items() if name not in (NAIVE, JOINT)}
+    rivals = rivals or {*ran.values()} or {frozenset()}
+    widest = {seeds for seeds in rivals if not any(seeds < other for other in rivals)}
+    alone = {frozenset({seed}) for seeds in rivals - widest for seed in seeds}
     failed = [record for record in found if record.failed]
-    for seeds in sorted(
-        rivals or {*ran.values()} or {frozenset[int]()}, key=lambda seeds: (len(seeds), *seeds)
-    ):
+    for seeds in sorted(widest | alone, key=lambda seeds: (len(seeds), *seeds)):
         shown = [r for r in found if not r.failed and r.plan.seed in seeds and seeds <= ran[r.plan.contender]]
         yield tuple(sorted(seeds)), [*shown, *failed]
         failed = []
