@@ -343,6 +343,15 @@ def test_what_hardly_helps_is_named_and_both_spaces_of_ewc_are_compared() -> Non
     assert "`ewc-lora` 80.0, forgetting 40.0, state 0.0 MB; `ewc` 64.0, forgetting 72.0" in said
 
 
+def test_the_best_and_joint_training_are_compared_among_the_labels_too() -> None:
+    def asked(name: str, accuracy: float) -> RunRecord:
+        return replace(told(name, accuracy, 100), extras={"labels_accuracy": accuracy + 0.1})
+
+    (board,) = boards([asked("joint", 0.8), asked("ewc", 0.5), asked("si", 0.7), told("lwf", 0.6, 100)])
+    said = "\n".join(conclusions.lines(board))
+    assert "Asked for one of the task's labels, `si` ends at 80.0 and joint training at 90.0." in said
+
+
 def test_records_of_different_settings_are_not_put_into_one_table() -> None:
     other = told("ewc", 0, 100)
     mixed = [told("naive", 0, 100), replace(other, plan=replace(other.plan, sizes={"rows": 5}))]

@@ -12,7 +12,7 @@ HARDLY = 0.05  # of average accuracy above naive training
 
 def lines(board: Board) -> list[str]:
     """The conclusions, as a list."""
-    said = [_bounds(board), _best(board), _useless(board), _spaces(board)]
+    said = [_bounds(board), _best(board), _among_labels(board), _useless(board), _spaces(board)]
     said += [_target(board), _target_memory(board), _changed(board)]
     return [f"- {sentence}" for sentence in said if sentence]
 
@@ -52,6 +52,20 @@ def _best(board: Board) -> str:
         told += f", {abs(gap):.1f} points {'below' if gap >= 0 else 'above'} joint training"
     told += f", in {best.time.mean:.2f} x naive's time" if best.time else ""
     return f"{told}, with {best.memory_share:.1%} of the rows remembered.{_noise(board)}"
+
+
+def _among_labels(board: Board) -> str:
+    """The last model, asked as tasks of kind `labels` are: an answer that is no label cannot be given."""
+    best, joint = next(iter(board.rivals), None), board.entry(JOINT)
+    if best is None or joint is None:
+        return ""
+    ours, bound = best.extra("labels_accuracy"), joint.extra("labels_accuracy")
+    if ours is None or bound is None:
+        return ""
+    return (
+        f"Asked for one of the task's labels, `{best.name}` ends at {ours.told(100)} and joint training at "
+        f"{bound.told(100)}."
+    )
 
 
 def _useless(board: Board) -> str:
