@@ -123,9 +123,15 @@ _ALL = (
     ),
     Contender(
         name="replay5-thinned+lwf-faster",
-        about="the same with a learning rate half as high again, and 0.4 remembered rows for a new one: the "
-        "default",
+        about="the same with a learning rate half as high again, and 0.4 remembered rows for a new one: what "
+        "the defaults do, with a smaller memory",
         strategy=_small("replay", "lwf", replay_dropout=0.2, replay_ratio=0.4),
+        train={"learning_rate": 7.5e-4},
+    ),
+    Contender(
+        name="default",
+        about="what the defaults do, with their memory: at most 1000 rows",
+        strategy=_small("replay", "lwf", replay_dropout=0.2, replay_ratio=0.4, replay_share=1.0),
         train={"learning_rate": 7.5e-4},
     ),
     Contender(

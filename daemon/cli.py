@@ -64,7 +64,7 @@ def init(
         typer.Option(help="Where the state goes, for instance /var/lib/holdfast. Default: DIRECTORY/state."),
     ] = None,
 ) -> None:
-    """Write a commented config.toml and make the state directory."""
+    """Write config.toml and make the state directory."""
     from daemon import access
 
     path, settings = access.make_bot(directory, state_dir)
@@ -118,7 +118,7 @@ def install_service(
 
 @app.command()
 def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Check everything that a cycle needs, and say what to type where something is missing."""
+    """Check everything that a cycle needs. Says what to type where something is missing."""
     from dataclasses import asdict
 
     from daemon import console
@@ -136,7 +136,7 @@ def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def audit(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Check everything that was done: rows, suites, scores, verdicts, versions, files, MLflow."""
+    """Check everything that was done. Rows, suites, scores, verdicts, versions, files, MLflow."""
     from daemon import access, console
 
     told = access.audit(_settings(config))
@@ -149,7 +149,7 @@ def audit(config: ConfigOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """What the bot knows, what the daemon does now, and when it trains next."""
+    """What the bot knows, what runs, and what comes next."""
     from daemon import access, console
 
     _show(access.status(_settings(config)), as_json, console.status)
@@ -161,7 +161,7 @@ def history(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="Cycles to list.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """The newest cycles and how each ended, and every change of the champion."""
+    """The newest cycles, and every change of champion."""
     from daemon import access, console
 
     settings = _settings(config)
@@ -175,7 +175,7 @@ def show(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """One cycle: what it learned, the verdict in words, the accuracy matrix."""
+    """One cycle: what it learned, and the verdict in words. With the accuracy matrix."""
     from daemon import access, console
 
     settings = _settings(config)
@@ -219,7 +219,7 @@ def ask(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask the champion, or the base model while there is no champion."""
+    """Ask the champion a question. While there is none, the base model answers."""
     from daemon import access, asking, console
 
     settings = _settings(config)
@@ -293,7 +293,7 @@ def cancel(
 
 @app.command()
 def pause(config: ConfigOption = None) -> None:
-    """Start no more cycles, also after a restart, until `daemon resume`."""
+    """Start no more cycles until `daemon resume`. Holds over a restart."""
     from daemon import access
 
     settings = _settings(config)
@@ -326,7 +326,7 @@ def promote(
 
 @app.command()
 def rollback(why: WhyOption, config: ConfigOption = None) -> None:
-    """Back to the champion before this one; the rows learned since are pending again."""
+    """Back to the champion before this one. The rows learned since are pending again."""
     _move(_settings(config), "rollback", why=why)
 
 
@@ -345,7 +345,7 @@ def erase(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would happen.")] = False,
 ) -> None:
-    """Forget rows for ever, wherever they are, and every model that learned one of them."""
+    """Forget rows for ever, and every model that learned them."""
     from daemon import access, console
 
     settings = _settings(config)
@@ -365,7 +365,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove what [retention] lets go; the daemon does so by itself after every cycle."""
+    """Remove what [retention] lets go. The daemon does so by itself after every cycle."""
     from daemon import access, console
 
     _show(access.prune(_settings(config), dry_run=dry_run), as_json, console.removals)

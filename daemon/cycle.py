@@ -140,10 +140,10 @@ class CycleRunner:
             return self._end(cycle.id, State.NOTHING, why)
         experience.freeze_suites(self.store, self.settings, cycle.id)
         snapshot, roles = experience.take_snapshot(self.store, self.settings, base, cycle, new)
-        if cycle.trigger == "schedule" and (tried := self._rejected_before(snapshot.id)):
+        if cycle.trigger == "schedule" and (known := self._known_outcome(snapshot.id)):
             why = (
-                f"the same rows were rejected in cycle {tried.id}, see `daemon show {tried.id}`; they stay "
-                "pending. New rows or settings start a new try, and so does `daemon retrain-now`"
+                f"{known}; they stay pending. New rows or settings start a new try, and so does "
+                "`daemon retrain-now`"
             )
             return self._end(cycle.id, State.NOTHING, why)
         plain = rescue.first(cycle, self.clock())
@@ -286,15 +286,20 @@ class CycleRunner:
 
     # What the steps share.
 
-    def _rejected_before(self, snapshot: str) -> Cycle | None:
-        """The cycle that failed the gate with this very snapshot, thresholds and all: training it again
-        would give the same adapter and the same verdict, every night. Where time ran out, another night may
-        do better; one more, as a machine may always be too slow."""
+    def _known_outcome(self, snapshot: str) -> str | None:
+        """What came of this very snapshot, thresholds and all, and is not wanted again: training it would
+        give the same adapter and the same verdict, every night. Where time ran out, another night may do
+        better; one more, as a machine may always be too slow."""
         cycles = self.store.cycles_with(snapshot)
+        served = {line.version for line in self.store.promotions()}
+        for tried in cycles:  # its champion serves again, so a person went back
+            if tried.version in served:
+                return f"the same rows made version {tried.version}, which was rolled back, {_see(tried)}"
         rejected = [tried for tried in cycles if (verdict := self.store.verdict(tried.id)) and not verdict[0]]
         tried_all = [tried for tried in rejected if not self.store.events(1, tried.id, OUT_OF_TIME)]
         if tried_all or len(rejected) > 1:
-            return [*tried_all, *rejected][0]
+            tried = [*tried_all, *rejected][0]
+            return f"the same rows were rejected in cycle {tried.id}, {_see(tried)}"
         return None
 
     def _candidate(self, cycle: Cycle, snapshot: Snapshot, stop: Stop) -> tuple[Candidate, Stop]:
@@ -398,6 +403,10 @@ class CycleRunner:
 
 def _outcome(candidate: Candidate, verdict: gate.Verdict | None) -> str:
     return f"was {verdict.summary}" if verdict else f"came to nothing: {candidate.note}"
+
+
+def _see(cycle: Cycle) -> str:
+    return f"see `daemon show {cycle.id}`"
 
 
 def _waiting(stop: Stop) -> Callable[[float], None]:

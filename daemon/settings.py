@@ -54,7 +54,7 @@ class Bot(Section):
 
 
 class Columns(Section):
-    """Your column names. Set optional ones to "" when you have none."""
+    """Your column names; "" for optional ones you lack. Files to ingest may use these keys as names, too."""
 
     id: str = Field("id", min_length=1, description="Unique id of a row, any type.")
     question: str = Field("question", min_length=1, description="Text.")

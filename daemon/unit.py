@@ -60,7 +60,8 @@ def render(settings: Settings, config: Path, account: Account) -> str:
         "Group": account.group,
     }
     if settings.model.device.startswith("cuda") or Path("/dev/nvidiactl").exists():
-        replaced["PrivateDevices"] = "no"
+        # ProtectClock= names a device, and systemd before version 253 then refuses all that are not named.
+        replaced |= {"PrivateDevices": "no", "ProtectClock": "no"}
     added = [f"WorkingDirectory={_quoted(directory)}"] if directory else []
     added += _paths(settings, config, replaced) + _network(settings)
     return _fill_in(TEMPLATE.read_text(), replaced, added)

@@ -300,6 +300,17 @@ def test_after_a_rollback_the_next_cycle_continues_from_the_older_version_and_it
     assert bot.store.lineage(cycle.version) == [1, cycle.id]
 
 
+def test_what_a_person_rolled_back_is_not_promoted_again_the_next_night(bot: Bot) -> None:
+    two_promoted(bot)
+    promote.rollback(bot.store, bot.registry, "ana", "version 2 was rude")
+    night = bot.run(bot.store.request_cycle("schedule", "schedule"))
+    assert night.state is State.NOTHING
+    assert "made version 2, which was rolled back, see `daemon show 2`" in (night.reason or "")
+    bot.collect(lesson("shapes"))
+    again = bot.run(bot.store.request_cycle("schedule", "schedule"))
+    assert again.state is State.PROMOTED, "other rows, another try"
+
+
 def test_repeated_rollbacks_walk_back_to_the_bare_base(bot: Bot) -> None:
     two_promoted(bot)
     promote.rollback(bot.store, bot.registry, "ana", "first")

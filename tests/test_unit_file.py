@@ -131,6 +131,7 @@ def test_the_network_opens_only_for_a_remote_mlflow_or_a_hub(tmp_path: Path) -> 
 def test_a_gpu_keeps_its_devices(tmp_path: Path) -> None:
     told = render(make_settings(tmp_path, '[model]\ndevice = "cuda:1"\n'))
     assert lines(told, "PrivateDevices") == ["no"]
+    assert lines(told, "ProtectClock") == ["no"], "before systemd 253 it shuts out every device but the clock"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may install")

@@ -75,10 +75,15 @@ def _how(runs: Sequence[RunRecord]) -> str:
         f"{sizes['domains']} experiences of at most {sizes['rows']} training rows, "
         f"{training['epochs']} epochs, batches of {training['batch_size']}, "
         f"{sizes['suite']} suite rows a task; base `{plan.base}`; "
-        f"measured {when} on {' and '.join(sorted({run.hardware for run in runs}))}, one thread a run.\n\n"
+        f"measured {when} on {_hardware(runs)}, one thread a run.\n\n"
         f"```\npython -m benchmarks.quality --size {plan.size} --streams {plan.stream} --orders {plan.order}"
         f"{data.get(plan.stream, '')}\n```"
     )
+
+
+def _hardware(runs: Sequence[RunRecord]) -> str:
+    names = sorted({run.hardware for run in runs})
+    return names[0] if len(names) == 1 else f"{', '.join(names)} (each record says which)"
 
 
 def _who(found: Sequence[Board]) -> list[str]:
@@ -103,10 +108,18 @@ def _line(entry: Entry, board: Board) -> str:
     if any(run.plan.joint for run in entry.runs):  # one experience: nothing to forget or to transfer
         cells = [cells[0], *("" for _ in cells[1:])]
     cells += [_cell(entry.extra(name)) for name in _extras(board)]
-    cells.append(entry.time.told(digits=2) if entry.time else "")
+    cells.append(_time(entry))
     cells.append(f"{entry.memory_rows:.0f} ({entry.memory_share:.1%})" if entry.memory_rows else "0")
     cells += [f"{entry.state_bytes / 1e6:.2f} MB", str(len(entry.runs))]
     return f"| `{entry.name}` | {' | '.join(cells)} |"
+
+
+def _time(entry: Entry) -> str:
+    """How many seeds it is of, where not all were timed alike."""
+    if entry.time is None:
+        return ""
+    told = entry.time.told(digits=2)
+    return told if entry.time.count == len(entry.runs) else f"{told} (of {entry.time.count})"
 
 
 def _growth(board: Board) -> list[str]:

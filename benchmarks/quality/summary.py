@@ -20,6 +20,7 @@ class Stat:
 
     mean: float
     deviation: float = 0.0
+    count: int = 1
 
     def told(self, scale: float = 1.0, digits: int = 1) -> str:
         text = f"{self.mean * scale:.{digits}f}"
@@ -186,7 +187,8 @@ def stat(values: Iterable[float | None]) -> Stat | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
-    return Stat(mean=statistics.fmean(known), deviation=statistics.stdev(known) if len(known) > 1 else 0.0)
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    return Stat(mean=statistics.fmean(known), deviation=deviation, count=len(known))
 
 
 def _curve(run: RunRecord) -> list[float]:
