@@ -231,7 +231,8 @@ class CycleRunner:
         now = self.clock()
         attempt = rescue.following(candidates, verdict, limits, strategy, cycle.parent, now)
         if attempt is None:
-            return self._close(cycle, candidates, snapshot, over=rescue.is_over(candidates, limits, now))
+            over = rescue.is_cut_short(candidates, verdict, limits, strategy, cycle.parent, now)
+            return self._close(cycle, candidates, snapshot, over=over)
         why = f"attempt {candidates[-1].number} {_outcome(candidates[-1], verdict)}"
         log.info("%s; next: %s", why, rescue.words(attempt), extra=_action("rescue", cycle))
         return self.store.advance(

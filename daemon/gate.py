@@ -136,8 +136,8 @@ def paired_bootstrap(
     rng = random.Random(seed)
     n = len(differences)
     means = sorted(sum(rng.choices(differences, k=n)) / n for _ in range(resamples))
-    tail = (1 - confidence) / 2
-    return means[int(tail * resamples)], means[min(resamples - 1, int((1 - tail) * resamples))]
+    cut = int((1 - confidence) / 2 * resamples)  # as many below as above: losses are judged like gains
+    return means[cut], means[-1 - cut]
 
 
 def _judge_suite(suite: SuiteScores, limits: Thresholds, seed: int) -> SuiteVerdict:
@@ -180,7 +180,7 @@ def _weigh(
     change = candidate - champion
     told = (
         f"{name} went from {_points(champion)} to {_points(candidate)} "
-        f"({change * 100:+.1f}, {limits.confidence:.0%} interval {low * 100:+.1f} to {high * 100:+.1f}, "
+        f"({change * 100:+.1f}, {limits.confidence * 100:g}% interval {low * 100:+.1f} to {high * 100:+.1f}, "
         f"{rows} rows)"
     )
     if limits.max_drop is None or -change <= limits.max_drop + 1e-9:

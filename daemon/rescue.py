@@ -1,9 +1,10 @@
 """A candidate that learned but forgot is not thrown away at once: what is tried next, and how.
 
 First blends of champion and candidate, which cost no training; then a training that protects the old
-tasks more, and its blends; then no more. Which blend is examined is chosen by validation rows
-(`daemon.tradeoff`), and the gate judges each candidate by the same suites. So the gate's no does start
-the next attempt, and several candidates sit one exam: that is why attempts are few, and all are told.
+tasks more, and its blends; and so on, as long as attempts are left. Which blend is examined is chosen by
+validation rows (`daemon.tradeoff`), and the gate judges each candidate by the same suites. So the gate's no
+does start the next attempt, and several candidates sit one exam: that is why attempts are few, and all are
+told.
 """
 
 import hashlib
@@ -122,6 +123,22 @@ def strategy_of(candidate: Candidate, strategy: StrategySpec) -> StrategySpec:
 def is_over(candidates: Sequence[Candidate], limits: Limits, now: datetime) -> bool:
     """Whether the time for rescuing, which began with the second candidate, is over."""
     return len(candidates) > 1 and now > candidates[1].created_at + timedelta(minutes=limits.minutes)
+
+
+def is_cut_short(
+    candidates: Sequence[Candidate],
+    verdict: gate.Verdict | None,
+    limits: Limits,
+    strategy: StrategySpec,
+    parent: int | None,
+    now: datetime,
+) -> bool:
+    """Whether the clock ended it: the last attempt, or the next one before it began."""
+    if not is_over(candidates, limits, now):
+        return False
+    in_time = candidates[1].created_at
+    left = following(candidates, verdict, limits, strategy, parent, in_time)
+    return candidates[-1].note is not None or left is not None
 
 
 def within(

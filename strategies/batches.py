@@ -65,11 +65,6 @@ class Batch:
     attention_mask: Tensor  # [B, L], 1 where there is text
     position_ids: Tensor  # [B, L], counted from each row's first token
     targets: Tensor  # [B, K], the answer's ids, IGNORED elsewhere
-    replayed: int = 0  # rows from the memory
-
-    @property
-    def rows(self) -> int:
-        return int(self.input_ids.shape[0])
 
     @property
     def answer_tokens(self) -> int:
@@ -81,7 +76,6 @@ class Batch:
             attention_mask=self.attention_mask.to(device),
             position_ids=self.position_ids.to(device),
             targets=self.targets.to(device),
-            replayed=self.replayed,
         )
 
 
@@ -148,7 +142,6 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
         targets=targets,
-        replayed=sum(example.replayed for example in examples),
     )
 
 

@@ -55,7 +55,7 @@ class Course:
 
 
 def arithmetic(job: TrainJob) -> str:
-    """What decides the last bits beside the job: the processor, its numbers, how many sum up, and torch."""
+    """What decides the last bits beside the job: kind of processor, number format, threads and torch."""
     device = torch.device(choose_device(job.model.device))
     numbers = "bfloat16" if uses_bfloat16(job.model.dtype, device) else "float32"
     threads = job.train.threads or torch.get_num_threads()

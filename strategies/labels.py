@@ -23,7 +23,6 @@ class Trie:
             node = self._root
             for token in ids:
                 node = node.setdefault(token, {})
-        self.depth = max((len(ids) for ids in labels), default=0)
 
     def allowed(self, prefix: Sequence[int]) -> list[int]:
         """Tokens that may follow the prefix; none after the end of a label."""

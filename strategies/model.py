@@ -151,7 +151,7 @@ def with_adapter(base: Base, folder: Path, *, trainable: bool) -> PeftModel:
             model = PeftModel.from_pretrained(
                 base.model, str(folder), is_trainable=trainable, torch_device=str(base.device)
             )
-            wanted = set(get_peft_model_state_dict(model))
+            wanted = set(_factors(model))
     except (*UNREADABLE, RuntimeError, SafetensorError, re.error) as error:  # some of its names are patterns
         raise ModelError(
             f"the adapter in {folder} cannot be loaded on this base: {error}; run `daemon doctor`"
@@ -191,7 +191,7 @@ def grown_adapter(base: Base, folder: Path, lora: LoraSpec, seed: int) -> PeftMo
     where the old one sits, whatever `lora.targets` says: on fewer layers, some of the old one would be lost.
     """
     old = with_adapter(base, folder, trainable=False)
-    config, weights = old.peft_config["default"], get_peft_model_state_dict(old)
+    config, weights = old.peft_config["default"], _factors(old)
     weights = {name: tensor.clone() for name, tensor in weights.items()}
     old.unload()
     rank, alpha = config.r + lora.rank, config.lora_alpha * (config.r + lora.rank) / config.r
@@ -201,7 +201,12 @@ def grown_adapter(base: Base, folder: Path, lora: LoraSpec, seed: int) -> PeftMo
     shape = replace(lora, rank=rank, alpha=round(alpha), targets=targets, init="zero")
     grown = fresh_adapter(base, shape, seed)
     with torch.no_grad():
-        for name, tensor in get_peft_model_state_dict(grown).items():
+        for name, tensor in _factors(grown).items():
+            if ".lora_embedding_" in name:
+                raise ModelError(
+                    f"olora needs adapters on linear layers alone, and this one has {name}; take olora out "
+                    "of strategy.methods, or start a new bot with other lora.targets"
+                )
             part = tensor[: config.r] if ".lora_A." in name else tensor[:, : config.r]
             part.copy_(weights[name])
     return grown
@@ -235,13 +240,18 @@ def without_adapter(model: PeftModel) -> Module:
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """adapter_model.safetensors and adapter_config.json. The same adapter gives the same bytes."""
-    model.save_pretrained(str(folder), safe_serialization=True)
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     config = folder / "adapter_config.json"
     values = json.loads(config.read_text())
     values["base_model_name_or_path"] = None  # a path of this machine
     values["target_modules"] = sorted(values["target_modules"])  # a set's order, other in every process
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _factors(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors as they are saved: without the embeddings that it may sit on, of the base."""
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def trainable(model: Module) -> dict[str, Parameter]:
@@ -280,7 +290,7 @@ def uses_bfloat16(dtype: str, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def deterministic(seed: int, threads: int, device: str = "cpu") -> Iterator[None]:
-    """Seeds every generator; same machine and number of threads, same result."""
+    """Seeds torch's generators; same machine and number of threads, same result."""
     if threads:
         torch.set_num_threads(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

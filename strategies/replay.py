@@ -40,7 +40,9 @@ class Rehearsal(Method):
 
     def load(self, state: Path) -> None:
         super().load(state)
-        self.memory = replay_memory.load(state) or self.memory
+        loaded = replay_memory.load(state)
+        if loaded is not None:  # an empty one knows how many rows it has seen
+            self.memory = loaded
 
     def save(self, state: Path) -> None:
         replay_memory.save(self.memory, state)

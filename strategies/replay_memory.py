@@ -2,7 +2,8 @@
 
 Free of torch: the daemon asks here whose texts a snapshot must carry. The memory is row hashes and a few
 numbers; every choice is a pure function of these and a seed, so that it does not matter in how many
-processes, or in which order, the rows were seen. The choices themselves: `strategies.replay_policies`.
+processes the rows were seen. Nor in which order, but for a memory that grows by `replay_share`: what it had
+no room for does not come back. The choices themselves: `strategies.replay_policies`.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ class Trace:
     """What is known of one remembered row. Losses are in nats per answer token; None: not measured."""
 
     answer: str = ""  # a key: rows with the same answer have the same
-    learned: float | None = None  # loss when the row was learned
+    learned: float | None = None  # loss when the row was learned, or was first measured
     latest: float | None = None  # loss after the last experience
     is_shared: bool = False  # whether other rows of its task had the same answer
     rank: int | None = None  # among the rows of its answer, the most typical first; None: nobody ranked it

@@ -74,7 +74,9 @@ def reservoir(tasks: Tasks, size: int, seed: int) -> Tasks:
     """A uniform sample of all rows ever seen (Vitter 1985, algorithm R).
 
     R keeps each of the n rows so far with probability size / n. So does keeping the `size` smallest of
-    n independent random priorities; and with priorities made from hashes, order does not matter.
+    n independent random priorities; and with priorities made from hashes, order does not matter. Where the
+    size grows with the rows seen (`replay_share`), what was let go before does not come back, and the oldest
+    rows are somewhat fewer.
     """
     everything = sorted(
         (row for rows in tasks.values() for row in rows), key=lambda row: (priority(seed, row), row)
@@ -119,8 +121,10 @@ def draw_hardest(memory: Memory, count: int, seed: Seed, epoch: int) -> list[str
 def draw_due(memory: Memory, count: int, seed: Seed, epoch: int) -> list[str]:
     """Only from tasks whose turn it is; see `respaced`."""
     due = {task: rows for task, rows in memory.tasks.items() if _spacing(memory, task).wait <= 1}
-    wanted = Fraction(len(due), max(len(memory.tasks), 1)) * count  # what is not due costs no time
-    return draw_equally(replace(memory, tasks=due), round(wanted), seed, epoch) if due else []
+    if not due or not count:
+        return []
+    wanted = Fraction(len(due), len(memory.tasks)) * count  # what is not due costs no time
+    return draw_equally(replace(memory, tasks=due), max(1, round(wanted)), seed, epoch)
 
 
 def respaced(memory: Memory) -> Memory:

@@ -104,9 +104,8 @@ def test_a_batch_is_padded_on_the_left_and_counts_positions_from_the_text() -> N
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
     assert batch.targets.tolist() == [[IGNORED, 8], [9, 4]]
-    assert (batch.rows, batch.answer_tokens, batch.replayed) == (2, 3, 1)
+    assert batch.answer_tokens == 3
     assert Counter(vars(batch.to(torch.device("cpu"))).keys()) == Counter(vars(batch).keys())
-    assert batch.to(torch.device("cpu")).replayed == 1
 
 
 def test_a_row_that_fits_no_more_loses_its_questions_beginning_and_never_its_answer(base: Base) -> None:

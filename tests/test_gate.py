@@ -1,5 +1,8 @@
 """The gate: every way in which a candidate must, and must not, be let through."""
 
+import random
+from dataclasses import replace
+
 import pytest
 
 from daemon.gate import Finding, SuiteScores, Thresholds, judge, paired_bootstrap
@@ -120,6 +123,20 @@ def test_the_paired_interval_is_that_of_the_mean_difference() -> None:
     low, high = paired_bootstrap([0.0, 1.0] * 50, confidence=0.95, resamples=4000, seed=1)
     assert low == pytest.approx(0.402, abs=0.02)
     assert high == pytest.approx(0.598, abs=0.02)
+
+
+def test_losses_and_gains_have_mirrored_intervals() -> None:
+    """The rows' differences change their sign, and nothing else."""
+    rng = random.Random(0)
+    gained = [rng.choice([-1.0, 0.0, 0.0, 1.0, 0.3]) for _ in range(41)]
+    low, high = paired_bootstrap(gained, confidence=0.95, resamples=2000, seed=5)
+    mirrored = paired_bootstrap([-one for one in gained], confidence=0.95, resamples=2000, seed=5)
+    assert mirrored == pytest.approx((-high, -low), abs=1e-12)
+
+
+def test_the_level_of_an_interval_is_told_as_it_is() -> None:
+    verdict = judge([LEARNED], replace(LIMITS, confidence=0.975))
+    assert "97.5% interval" in verdict.suites[0].reason
 
 
 def test_identical_models_have_an_interval_of_zero_width() -> None:

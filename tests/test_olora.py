@@ -243,6 +243,23 @@ def test_more_targets_than_the_old_adapters_have_do_not_break_them(base: Path, t
     assert any("lora.targets = all-linear was not used" in note for note in report.notes)
 
 
+def test_an_adapter_on_the_head_grows_and_one_on_embeddings_says_that_it_cannot(
+    base: Path, tmp_path: Path
+) -> None:
+    for targets in ("lm_head", "embed_tokens"):
+        lora = LoraSpec(rank=2, alpha=4, targets=f"{targets},q_proj")
+        one, two = tmp_path / targets / "one", tmp_path / targets / "two"
+        run(job(base, snapshot(tmp_path / targets / "a", lesson("a", 4)), one, lora=lora))
+        assert all(".lora_" in name for name in adapter(one)), "nothing of the base is in it"
+        more = job(base, snapshot(tmp_path / targets / "b", lesson("b", 4)), two, one, strategy=OLORA)
+        if targets == "lm_head":
+            run(more)
+            assert config(two)["r"] == 2 + more.lora.rank
+        else:
+            with pytest.raises(ModelError, match="olora needs adapters on linear layers alone"):
+                run(more)
+
+
 @pytest.mark.parametrize(
     ("alpha", "said"),
     [(2, []), (9, ["lora.alpha = 9 was not used: the champion's adapter continues with 4"])],

@@ -5,6 +5,7 @@ What the models answer is scripted, except in the first test, so that each way i
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -418,25 +419,47 @@ def test_adapters_that_cannot_be_blended_are_recorded_and_protection_is_tried(re
     assert "other shapes" in (rescued.store.candidates(cycle.id)[1].note or "")
 
 
+def forgotten() -> gate.Verdict:
+    """Of a candidate that learned the new task and forgot the old one."""
+    no, yes = (0.0,) * 20, (1.0,) * 20
+    suites = [
+        gate.SuiteScores(task="old", suite="old@v1", new=False, base=no, champion=yes, candidate=no),
+        gate.SuiteScores(task="new", suite="new@v1", new=True, base=no, champion=no, candidate=yes),
+    ]
+    return gate.judge(suites, gate.Thresholds(max_drop=0.1, min_gain=0.2, bootstrap=100))
+
+
+def plain(now: datetime) -> Candidate:
+    return Candidate(
+        cycle_id=2, number=1, kind="train", source=None, result="r", strategy=None, created_at=now
+    )
+
+
 @pytest.mark.parametrize(
     ("methods", "next_kind"), [("joint", None), ("olora", "protect"), ("merge", "blend")]
 )
 def test_an_adapter_that_did_not_grow_out_of_the_champion_is_not_blended(
     methods: str, next_kind: str | None
 ) -> None:
-    now = datetime(2026, 1, 1)
-    plain = Candidate(
-        cycle_id=2, number=1, kind="train", source=None, result="r", strategy=None, created_at=now
-    )
-    no, yes = (0.0,) * 20, (1.0,) * 20
-    suites = [
-        gate.SuiteScores(task="old", suite="old@v1", new=False, base=no, champion=yes, candidate=no),
-        gate.SuiteScores(task="new", suite="new@v1", new=True, base=no, champion=no, candidate=yes),
-    ]
-    refused = gate.judge(suites, gate.Thresholds(max_drop=0.1, min_gain=0.2, bootstrap=100))
-    limits = rescue.Limits(attempts=3, minutes=60)
-    following = rescue.following([plain], refused, limits, StrategySpec(methods=(methods,)), 1, now)
+    now, limits = datetime(2026, 1, 1), rescue.Limits(attempts=3, minutes=60)
+    strategy = StrategySpec(methods=(methods,))
+    following = rescue.following([plain(now)], forgotten(), limits, strategy, 1, now)
     assert (following.kind if following else None) == next_kind
+
+
+@pytest.mark.parametrize(("attempts", "cut_short"), [(1, False), (2, True)])
+def test_time_ends_a_rescue_only_where_an_attempt_was_left(attempts: int, cut_short: bool) -> None:
+    """The daemon was off between the last exam and its verdict, until long after."""
+    began, limits = datetime(2026, 1, 1), rescue.Limits(attempts=attempts, minutes=60)
+    strategy, late = StrategySpec(methods=("replay",)), datetime(2026, 1, 2)
+    blend = rescue.following([plain(began)], forgotten(), limits, strategy, 1, began)
+    assert blend is not None
+    tried = [plain(began), blend]
+    assert rescue.following(tried, forgotten(), limits, strategy, 1, late) is None
+    assert rescue.is_cut_short(tried, forgotten(), limits, strategy, 1, late) is cut_short
+    aside = [tried[0], replace(blend, note="the time for rescuing was over")]
+    assert rescue.is_cut_short(aside, None, limits, strategy, 1, late)
+    assert not rescue.is_cut_short(aside, None, limits, strategy, 1, began)
 
 
 @pytest.mark.parametrize(("stage", "nth"), [("train", 2), ("evaluate", 4)])
