@@ -269,7 +269,7 @@ def erase(settings: Settings, why: str, which: dict[str, Any], *, dry_run: bool)
 
         if dry_run:
             with reading(settings) as store:
-                return operations.erase_plan(store, **which)
+                return operations.erase_plan(settings, store, **which)
         who = me()
         with writing(settings, "daemon erase") as store:
             registry = operations.open_registry(settings, store)  # refuses a bot that it does not know

@@ -6,7 +6,7 @@ The adapter and the way of asking are those of the version; torch is imported on
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from daemon.commands import prepared
 from daemon.settings import Settings
 from storage import snapshots
 from storage.errors import ControlError
+from storage.snapshots import Snapshot
 from strategies.contract import Metric, ModelSpec, Task, TaskKind
 
 if TYPE_CHECKING:
@@ -36,11 +37,12 @@ class Loaded:
 
 def load(settings: Settings, serving: dict[str, Any], task: str | None) -> Loaded:
     """The model that `operations.serving` named. Raises `ControlError` for a task it does not know."""
-    tasks = tuple(_task(values) for values in serving["tasks"])
+    snapshot = _snapshot(settings, serving)
+    tasks = tuple(map(_task, snapshot.info["tasks"] if snapshot else serving["tasks"]))
     if task is not None and task not in {known.name for known in tasks}:
         names = ", ".join(sorted(known.name for known in tasks)) or "none yet"
         raise ControlError(f"there is no task {task!r}; tasks: {names}")
-    spec = _spec(settings, serving)
+    spec = _spec(settings, serving, snapshot)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from strategies.answer import Answerer
 
@@ -60,12 +62,17 @@ def questions() -> Iterator[str]:
             yield line
 
 
-def _spec(settings: Settings, serving: dict[str, Any]) -> ModelSpec:
+def _snapshot(settings: Settings, serving: dict[str, Any]) -> Snapshot | None:
+    name = serving["snapshot"]
+    return snapshots.load(settings.state_dir / "snapshots" / name) if name else None
+
+
+def _spec(settings: Settings, serving: dict[str, Any], snapshot: Snapshot | None) -> ModelSpec:
+    """How the version was trained to be asked; without its snapshot as one would be now, on its own base."""
     now = experience.model_spec(settings, prepared(settings))
-    if not serving["snapshot"]:
-        return now
-    snapshot = snapshots.load(settings.state_dir / "snapshots" / serving["snapshot"])
-    return located(settings, examination.specs(snapshot).model)
+    if snapshot is not None:
+        return located(settings, examination.specs(snapshot).model)
+    return located(settings, replace(now, fingerprint=serving["base"])) if serving["base"] else now
 
 
 def _task(values: dict[str, Any]) -> Task:

@@ -87,15 +87,19 @@ def _ended_otherwise(evidence: Evidence, cycle: Cycle) -> str | None:
     passed = evidence.verdicts.get(cycle.id)
     if passed is None:
         return "no verdict is on record"
-    if passed[0] and not any(_came_between(cycle, line) for line in evidence.promotions):
+    if passed[0] and not _came_between(evidence, cycle):
         return "its verdict says that it passed, and no person moved the champion meanwhile"
     return None
 
 
-def _came_between(cycle: Cycle, line: Promotion) -> bool:
-    """Whether a person moved the champion while the cycle ran: then what it beat does not serve any more."""
-    assert cycle.finished_at is not None
-    return line.kind != "gate" and cycle.requested_at <= line.at <= cycle.finished_at
+def _came_between(evidence: Evidence, cycle: Cycle) -> bool:
+    """Whether a person moved the champion while the cycle ran: then what it beat does not serve any more.
+
+    By the order of the record: clocks are set.
+    """
+    mine = [event.seq for event in evidence.store.events(ALL, cycle.id)]
+    moves = evidence.store.events(ALL, kind="champion")
+    return any(move.detail["how"] != "gate" and min(mine) < move.seq < max(mine) for move in moves)
 
 
 # Candidates.
@@ -237,8 +241,18 @@ def promotions_follow_one_another(evidence: Evidence) -> Iterator[Wrong]:
         told = None
         if line.seq != n + 1 or line.previous != (last.version if last else None):
             told = f"follows version {line.previous}; before it served {last.version if last else 'the base'}"
-        elif line.kind == "rollback" and [line.version] != ([None, *champions(before)][-2:-1] or [0]):
+        elif line.kind == "rollback" and not _goes_back(line, champions(before), evidence.store.tainted()):
             told = f"rolls back to {line.version}, which is not the champion before"
         if told:
             yield Wrong(message=f"line {line.seq} of the champion's history {told}", next=BY_HAND)
             return  # what follows would only repeat it
+
+
+def _goes_back(line: Promotion, stack: list[int], tainted: set[int]) -> bool:
+    """To the champion before the present one, passing over those that learned an erased row."""
+    if not stack or line.version is None:
+        return len(stack) == 1
+    *earlier, present = stack
+    while earlier and earlier[-1] != line.version and earlier[-1] in tainted | {present}:
+        earlier.pop()
+    return earlier[-1:] == [line.version]

@@ -170,7 +170,7 @@ class Commands:
         daemon = self._daemon
         which = {"row": row, "task": task, "before": before, "contains": contains, "where": where}
         if dry_run:
-            return operations.erase_plan(daemon.store, **which)
+            return operations.erase_plan(daemon.settings, daemon.store, **which)
         begun = operations.erase(daemon.settings, daemon.store, request.who, why, **which)
         for cycle in daemon.store.unfinished():
             if daemon.store.is_cancelled(cycle.id):

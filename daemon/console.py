@@ -284,7 +284,7 @@ def erasure_plan(told: dict[str, Any]) -> None:
     champion = f"version {told['champion']}" if told["champion"] is not None else "the bare base model"
     if told["moves"]:
         console.print(f"the champion will be {champion}, until what else was learned since is learned again")
-    console.print("a cycle that runs is cancelled; its rows stay pending")
+    console.print("a cycle that has read its rows is cancelled; they stay pending")
 
 
 def erased(told: dict[str, Any]) -> None:

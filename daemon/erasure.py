@@ -66,13 +66,15 @@ def choice(
     return Choice(**given)
 
 
-def plan(store: Store, wanted: Choice) -> Plan:
+def plan(settings: Settings, store: Store, wanted: Choice) -> Plan:
     """What `begin` would do. Raises `ControlError` when no row is meant."""
     rows = store.chosen_rows(wanted)
     questions = {normalise(row.question) for row in rows}
     words = {row.words_key for row in rows}
     quarantined = [
-        refused for refused in store.quarantined(ALL) if _is_meant(refused, wanted, questions, words)
+        refused
+        for refused in store.quarantined(ALL)
+        if _is_meant(refused, wanted, questions, words, settings.source.default_task)
     ]
     if not rows and not quarantined:
         raise ControlError("no row fits; `daemon status` names the tasks, `daemon quarantine` refused rows")
@@ -100,7 +102,7 @@ def plan(store: Store, wanted: Choice) -> Plan:
 def begin(settings: Settings, store: Store, wanted: Choice, who: str, why: str) -> Erasure:
     """From here on no row is there, nothing that learned one serves, and a running cycle is cancelled."""
     with store.transaction():
-        found = plan(store, wanted)
+        found = plan(settings, store, wanted)
         gone = _hashes(settings, store, found)
         erasure = store.erase(gone, found.versions, rebuild=found.moves, who=who, why=why)
         if found.moves:
@@ -142,6 +144,7 @@ def finish(settings: Settings, store: Store, registry: Registry) -> None:
         store.prune([(path, why) for path in dict.fromkeys(paths) if path not in known])
     for folder in [*snapshots, *_files_with(settings, store, cycles)]:
         artifacts.remove(folder)
+    promote.check_is_ours(store, registry)  # another MLflow would have nothing to erase
     promote.repair_alias(store, registry)  # first: no alias may point to a version without files
     registry.erase(erased, cycles, {"holdfast.erased": why})
     for path, told in store.pruned().items():
@@ -157,18 +160,22 @@ def finish(settings: Settings, store: Store, registry: Registry) -> None:
     log.info("erased, everywhere", extra={"action": "erasure-done"})
 
 
-def _is_meant(refused: Rejected, wanted: Choice, questions: Collection[str], words: Collection[str]) -> bool:
+def _is_meant(
+    refused: Rejected, wanted: Choice, questions: Collection[str], words: Collection[str], default_task: str
+) -> bool:
     """Whether a quarantined row fits, or asks what one of the rows asks, be it in other words' order: then
     it has their text too, and would be taken in once they are gone."""
     told = json.loads(refused.raw)
     said = {name: str(told.get(name) or "") for name in ("question", "answer", "context")}
-    said |= {"task": refused.task or "", "source": refused.source}
+    said |= {"source": refused.source}
+    task = normalise((refused.task or "").strip() or default_task)  # as the intake would read it
     asked = Row(id="", task="", question=said["question"], answer="", context=said["context"])
     if normalise(asked.question) in questions or asked.words_key in words:
         return True
     text = f"{refused.raw} {refused.detail}".casefold()
     return (
         wanted.row in (None, refused.hash, refused.id)
+        and (wanted.task is None or task == normalise(wanted.task))
         and all(getattr(wanted, name) in (None, value) for name, value in said.items())
         and (wanted.before is None or refused.at < wanted.before)
         and (wanted.contains is None or wanted.contains.casefold() in text)
@@ -206,7 +213,7 @@ def _affected(store: Store, taught: set[int]) -> set[int]:
 def _forget_labels(settings: Settings, store: Store) -> None:
     """Labels that only an erased row had."""
     for task in store.tasks():
-        wish = settings.tasks.get(task.name)
+        wish = settings.wish(task.name)
         if task.labels and not (wish and wish.labels):
             left = set(store.answers(task.name)) & set(task.labels)
             if len(left) < len(task.labels):

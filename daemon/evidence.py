@@ -231,7 +231,9 @@ class Evidence:
 
     def is_pruned(self, score: Score) -> bool:
         """Whether answers behind a score were removed on purpose: it stays, and proves itself no more."""
-        return f"{ANSWERS}{score.model}" in self.pruned or (score.task, score.version) in self.lacking
+        if (score.task, score.version) in self.lacking:
+            return True
+        return f"{ANSWERS}{score.model}" in self.pruned and (score.model, score.exam) not in self.sat
 
     def is_whole(self, score: Score) -> bool:
         """Whether there is an answer to every row of the score's suite, and to no other."""

@@ -121,7 +121,7 @@ def settle_tasks(store: Store, settings: Settings, cycle_id: int) -> dict[str, T
 
 
 def _settle(store: Store, settings: Settings, name: str, known: TaskRecord | None) -> TaskRecord:
-    wish = settings.tasks.get(name)
+    wish = settings.wish(name)
     if wish and wish.wanted_kind:
         kind = TaskKind(wish.wanted_kind)
     else:

@@ -102,8 +102,11 @@ class Flight:
             self._wake()
             for cycle in self.store.unfinished():
                 running = cycle.id == self.activity.cycle_id and self.activity.waiting is None
-                if cycle.state is State.REQUESTED and not running:
-                    return cycle, True
+                if cycle.state is not State.REQUESTED or running or self.store.is_cancelled(cycle.id):
+                    continue
+                if cycle.trigger == "schedule" and trigger != "schedule":  # a person gets another try
+                    cycle = self.store.join(cycle.id, trigger, who)
+                return cycle, True
             return self.store.request_cycle(trigger, who), False
 
     def cancel(self, who: str, cycle_id: int | None = None) -> Cycle:
@@ -129,10 +132,11 @@ class Flight:
 
     def close(self) -> None:
         """Asks the thread to end; the running cycle keeps its place. `alive()` tells when it has."""
-        with self._turn:
-            self._closing = True
-            self._stop.request("shutdown")
+        self._closing = True
+        self._stop.request("shutdown")
+        if self._turn.acquire(timeout=1):  # who holds it may wait for the store
             self._wake()
+            self._turn.release()
         self._tell()
 
     @property

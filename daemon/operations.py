@@ -132,6 +132,7 @@ def serving(settings: Settings, store: Store, wanted: int | None = None) -> dict
         "version": chosen,
         "adapter": str(settings.state_dir / found.result / "adapter") if found else None,
         "snapshot": cycle.snapshot if cycle and f"snapshots/{cycle.snapshot}" not in store.pruned() else None,
+        "base": found.base if found else None,
         "tasks": [plain(task) for task in store.tasks()],
     }
 
@@ -237,11 +238,11 @@ def prune(settings: Settings, store: Store, registry: Registry) -> dict[str, Any
     }
 
 
-def erase_plan(store: Store, **which: Any) -> dict[str, Any]:
+def erase_plan(settings: Settings, store: Store, **which: Any) -> dict[str, Any]:
     """What `erase` would do, in numbers and names; never a row's text."""
     from daemon import erasure
 
-    found = erasure.plan(store, erasure.choice(**which))
+    found = erasure.plan(settings, store, erasure.choice(**which))
     counts = Counter((row.task, row.split.value) for row in found.rows)
     return {
         "rows": [{"task": task, "split": split, "rows": n} for (task, split), n in sorted(counts.items())],

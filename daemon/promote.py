@@ -7,7 +7,7 @@ cycle, so that a crash or an outage between the two writes cannot leave them apa
 import threading
 from collections.abc import Sequence
 
-from storage.errors import ControlError
+from storage.errors import ControlError, RegistryError, RegistryUnavailable
 from storage.records import Cycle, ModelVersion, Promotion
 from storage.registry import Registry
 from storage.store import Store
@@ -47,13 +47,21 @@ def rollback(store: Store, registry: Registry, who: str, why: str) -> Promotion:
     """Back to the champion before the present one; rows learned since then are pending again.
 
     The next cycle continues from that version's adapter, memory and Fisher information. Rolling back
-    the first champion leaves the bare base. Raises `ControlError` when there is nothing to go back to.
+    the first champion leaves the bare base. What learned an erased row is passed over. Raises `ControlError`
+    when there is nothing to go back to.
     """
     with store.transaction():
         stack = champions(store.promotions())
         if not stack:
             raise ControlError("there is no champion to roll back; see `daemon history`")
-        before = stack[-2] if len(stack) > 1 else None
+        unfit = store.tainted() | {stack[-1]}
+        fit = [version for version in stack if version not in unfit]
+        if len(stack) > 1 and not fit:
+            raise ControlError(
+                "every champion before this one learned a row that was erased; `daemon promote VERSION "
+                "--why …` takes another one, see `daemon history`"
+            )
+        before = fit[-1] if fit else None
         if before is not None:
             check_has_files(store, before)
         line = store.promote(before, cycle_id=None, kind="rollback", who=who, why=why)
@@ -93,6 +101,23 @@ def repair_alias(store: Store, registry: Registry) -> None:
             registry.delete_alias(CHALLENGER)
 
 
+def check_is_ours(store: Store, registry: Registry) -> None:
+    """Raises `RegistryError` unless this MLflow has the champion or, without one, any of our versions: the
+    others may have been deleted there by hand."""
+    champion = serving(store)
+    left = [champion] if champion else store.models()
+    while left:
+        model = left.pop()
+        try:
+            registry.check_has(model.version, model.adapter_hash)
+            return
+        except RegistryUnavailable:
+            raise
+        except RegistryError:
+            if not left:
+                raise
+
+
 def serving(store: Store) -> ModelVersion | None:
     """The champion's version; None while there is none."""
     line = store.champion()
@@ -100,11 +125,14 @@ def serving(store: Store) -> ModelVersion | None:
 
 
 def champions(lines: Sequence[Promotion]) -> list[int]:
-    """Champions that a rollback can return to, the present one last: each rollback undoes one promotion."""
+    """Champions that a rollback can return to, the present one last: each rollback undoes one promotion,
+    or more where the one before may not serve any more."""
     stack: list[int] = []
     for line in lines:
         if line.kind == "rollback":
             stack.pop()
+            while stack and stack[-1] != line.version:
+                stack.pop()
         elif line.kind == "erasure":  # what came later may have learned it
             stack = [version for version in stack if line.version is not None and version < line.version]
             stack += [] if line.version is None else [line.version]

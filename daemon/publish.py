@@ -13,7 +13,6 @@ from typing import Any
 from daemon import examination, promote, report, rescue
 from daemon.settings import Settings
 from storage import artifacts, snapshots
-from storage.errors import RegistryError, RegistryUnavailable
 from storage.records import Candidate, Cycle, ModelVersion, Score
 from storage.registry import CycleRecord, Matrix, Registry
 from storage.runs import CLASSES, TradeOff
@@ -31,7 +30,7 @@ def publish(store: Store, registry: Registry, settings: Settings, cycle: Cycle, 
     """
     result = settings.state_dir / candidate.result
     artifacts.verify(result)
-    _check_is_ours(store, registry)
+    promote.check_is_ours(store, registry)
     info = _info(settings, cycle)
     record = _record(store, settings, cycle, candidate, info)
     version = registry.publish(record)
@@ -39,23 +38,6 @@ def publish(store: Store, registry: Registry, settings: Settings, cycle: Cycle, 
     registry.log_stream(cycle.id, _stream_metrics(store, cycle, record.metrics), record.matrix)
     registry.set_alias(promote.CHALLENGER, version, record.adapter_hash)
     return version
-
-
-def _check_is_ours(store: Store, registry: Registry) -> None:
-    """That this MLflow has the champion or, without one, any of our versions: the others may have been
-    deleted there by hand."""
-    serving = promote.serving(store)
-    left = [serving] if serving else store.models()
-    while left:
-        model = left.pop()
-        try:
-            registry.check_has(model.version, model.adapter_hash)
-            return
-        except RegistryUnavailable:
-            raise
-        except RegistryError:
-            if not left:
-                raise
 
 
 def parameters(settings: Settings, used: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, str]:
@@ -193,7 +175,7 @@ def _stream_metrics(store: Store, cycle: Cycle, metrics: Mapping[str, float | No
     return {
         **candidate,
         **whole,
-        "promoted": float(bool(verdict and verdict[0])),
+        "passed": float(bool(verdict and verdict[0])),
     }
 
 

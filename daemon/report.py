@@ -130,9 +130,14 @@ def _pulled(store: Store, cycle_id: int) -> str:
 
 def _pruned(store: Store, cycle_id: int) -> dict[str, Any]:
     """When the answers behind the candidate's scores were removed on purpose, if they were."""
-    models = {score.model for score in store.scores(cycle_id) if score.label == "candidate"}
-    pruned = store.pruned()
-    gone = [pruned[ANSWERS + model].at for model in models if ANSWERS + model in pruned]
+    pruned, sat = store.pruned(), store.survey().sat()
+    gone = [
+        pruned[ANSWERS + score.model].at
+        for score in store.scores(cycle_id)
+        if score.label == "candidate"
+        and ANSWERS + score.model in pruned
+        and (score.model, score.exam) not in sat  # the same model may have sat another exam since
+    ]
     return {"answers": gone[0].isoformat() + "Z"} if gone else {}
 
 

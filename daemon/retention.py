@@ -130,7 +130,8 @@ def _answers(
 
 def _removals(store: Store, kept: Kept) -> Iterator[Removal]:
     """What is not on record as removed yet."""
-    known = store.pruned().keys()
+    again = {ANSWERS + model for model, _ in store.survey().sat()}  # a model that sat another exam since
+    known = store.pruned().keys() - again
     return (one for one in _all_removals(store, kept) if one.path not in known)
 
 
@@ -163,7 +164,7 @@ def _forgotten_exams(settings: Settings, store: Store, kept: Kept, removals: lis
     if kept.busy or not any(one.path.startswith("snapshots/") for one in removals):
         return []
     known = {score.exam for score in store.scores()}
-    for name in kept.snapshots:
+    for name in kept.snapshots - {path.removeprefix("snapshots/") for path in store.pruned()}:
         path = settings.state_dir / "snapshots" / name
         try:
             info = json.loads((path / snapshots.INFO).read_text(encoding="utf-8"))
@@ -217,3 +218,8 @@ def _remove_from_mlflow(store: Store, registry: Registry) -> None:
             version, _, what = path.removeprefix(MLFLOW).partition("/")
             registry.prune(int(version), _FILES[what], {f"holdfast.pruned.{what}": f"{told.at:%Y-%m-%d}"})
             store.pruning_done(path)
+    models, cycles = {model.version for model in store.models()}, {c.id: c for c in store.cycles(ALL)}
+    for listed in registry.look().versions:  # cancelled after MLflow had it and before the store did
+        cycle = cycles.get(listed.cycle_id)
+        if listed.version not in models and cycle and cycle.state.ended:
+            registry.prune(listed.version, _FILES["model"], {"holdfast.verdict": str(cycle.state)})

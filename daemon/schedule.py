@@ -11,10 +11,12 @@ of cycles: firing only calls the function it was given.
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.combining import OrTrigger
@@ -72,7 +74,8 @@ class Schedule:
         job = self._scheduler.get_job(_JOB)
         if job and before - self._ahead > LOOK_SECONDS:
             again = job.trigger.get_next_fire_time(None, datetime.now(UTC))
-            job.modify(next_run_time=min(again, job.next_run_time))
+            with suppress(JobLookupError):  # removed by a reload meanwhile
+                job.modify(next_run_time=min(again, job.next_run_time))
         self._scheduler.wakeup()
 
     def soon(self, work: Callable[[], None]) -> None:

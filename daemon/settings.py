@@ -30,6 +30,7 @@ from daemon.learning_settings import Lora, Model, StrategySettings, Training, lo
 from daemon.section import Positive, Section, Share
 from storage.reach import known_scheme
 from storage.records import OnConflict
+from storage.rows import normalise
 
 ENV_PREFIX = "HOLDFAST_"
 
@@ -270,6 +271,10 @@ class Settings(BaseSettings):
     schedule: Schedule = Field(default_factory=Schedule)
     mlflow: Mlflow = Field(default_factory=Mlflow)
     tasks: dict[str, TaskOverride] = Field(default_factory=dict)
+
+    def wish(self, task: str) -> TaskOverride | None:
+        """What is wished for a task, in whatever spelling."""
+        return next((wish for name, wish in self.tasks.items() if normalise(name) == normalise(task)), None)
 
     @model_validator(mode="after")
     def _some_suite_can_speak(self) -> "Settings":

@@ -91,8 +91,9 @@ def pull(
         source.batches(cursor), store, source.spec, shares=shares, count_tokens=count_tokens,
         max_tokens=max_tokens, source_name=source.name,
     )  # fmt: skip
-    store.save_cursor(source.name, source.next_cursor(cursor))
-    store.set_meta(place, columns)
+    with store.transaction():
+        store.save_cursor(source.name, source.next_cursor(cursor))
+        store.set_meta(place, columns)
     return report
 
 

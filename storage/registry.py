@@ -169,8 +169,9 @@ class Registry:
         shutil.rmtree(self._artifact_root / ".staging", ignore_errors=True)
         with self._connection.use() as (client, experiment):
             for run in self._runs(client, experiment, {}, "attributes.status = 'RUNNING'"):
-                if CYCLE_TAG in run.data.tags:  # the other one is the stream's
-                    self._remove_runs(client, experiment, int(run.data.tags[CYCLE_TAG]))
+                cycle = int(run.data.tags.get(CYCLE_TAG, 0))  # the stream's run has none
+                if cycle and self._find_version(client, cycle) is None:  # else it waits to be finished
+                    self._remove_runs(client, experiment, cycle)
             for run in list(mlflow_client.all_runs(client, experiment, self._ours({}), deleted=True)):
                 name, is_deleted = run.info.run_id, run.info.lifecycle_stage == "deleted"
                 if int(run.data.tags.get(CYCLE_TAG, 0)) in cycles or is_deleted:

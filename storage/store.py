@@ -34,7 +34,7 @@ from storage.records import (
     TaskRecord,
     utcnow,
 )
-from storage.removals import ANSWERS, Removals
+from storage.removals import Removals
 from storage.survey import Survey
 
 ALL = 2**62  # a limit that is none
@@ -145,6 +145,14 @@ class Store(Removals):
             )
             assert cycle is not None
             self.event(State.REQUESTED, cycle.id, trigger=trigger, by=requested_by)
+            return cycle
+
+    def join(self, cycle_id: int, trigger: str, requested_by: str) -> Cycle:
+        """Who asks for what a schedule has asked for already gets what they would have got alone."""
+        with self._db.transaction():
+            cycle = replace(self._existing_cycle(cycle_id), trigger=trigger, requested_by=requested_by)
+            self._db.rows("update_cycle", **asdict(cycle))
+            self.event("joined", cycle_id, trigger=trigger, by=requested_by)
             return cycle
 
     def cycle(self, cycle_id: int) -> Cycle | None:
@@ -332,7 +340,6 @@ class Store(Removals):
         distinct = list({prediction.row_hash: prediction for prediction in predictions}.values())
         if distinct:
             with self._db.transaction():
-                self._db.rows("unprune", path=f"{ANSWERS}{model}")
                 self._db.rows(
                     "insert_predictions", bulk.table(bulk.PREDICTIONS, distinct), model=model, exam=exam
                 )

@@ -10,14 +10,16 @@ from typing import Any
 import duckdb
 import pytest
 
-from daemon import erasure, operations, promote, retention
+from daemon import erasure, operations, promote, report, retention
 from daemon.executor import Stop
-from storage.errors import ControlError, Interrupted, RegistryUnavailable
+from storage.errors import ControlError, Interrupted, RegistryError, RegistryUnavailable
+from storage.intake import take
 from storage.records import State
 from storage.removals import Removals
 from storage.rows import Row, Split
+from storage.sources import RawRow, SourceSpec
 from storage.store import Store
-from tests.bots import FLAVOURS, Bot, audited, lesson, make_bot, make_bot_again, put_back
+from tests.bots import FLAVOURS, Bot, audited, fresh_mlflow, lesson, make_bot, make_bot_again, put_back
 from tests.daemons import DaemonProcess, cli
 
 SECRETS = {split: f"does zanzibar-{split}-q like it" for split in ("train", "validation", "suite")}
@@ -134,7 +136,7 @@ def test_what_was_refused_once_and_taken_in_since_stays_unless_it_is_meant_itsel
     (refused,) = bot.store.quarantined()
     late = Row(id="late", task="flavours", question=SECRETS["train"], answer="sweet", split=Split.TRAIN)
     bot.store.accept([late], refused.source, on_conflict="newest")
-    planned = operations.erase_plan(bot.store, **meant(row="s-train"))
+    planned = operations.erase_plan(bot.settings, bot.store, **meant(row="s-train"))
     erase(bot, row="s-train")
     assert [row.id for row in bot.store.rows_by_hash([late.hash])] == ["late"]
     assert bot.store.superseded([late.hash]) == set()
@@ -353,6 +355,106 @@ def test_no_alias_ever_points_to_files_that_are_gone(bot: Bot, monkeypatch: pyte
     erasure.finish(bot.settings, bot.store, bot.registry)
     assert (before, seen) == (3, [1])
     assert bot.registry.alias(promote.CHAMPION) == champion(bot) == 1
+
+
+def away(*args: Any, **kwargs: Any) -> Any:
+    raise RegistryUnavailable("MLflow is away")
+
+
+def test_a_version_that_waits_to_be_finished_keeps_its_files(
+    bot: Bot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow was cut off between a version and the end of its run while an erasure was due."""
+    values = {"id": "extra", "task": "colours", "question": "which one is colours 999", "answer": "pink"}
+    take(
+        [[RawRow(values=values, location="1")]],
+        bot.store,
+        SourceSpec(),
+        shares=(0.0, 0.0),
+        source_name="file",
+    )
+    begin(bot, row="extra")
+    bot.collect(lesson("sizes", FLAVOURS))
+    cycle = bot.request()
+    with monkeypatch.context() as patch:
+        patch.setattr(bot.registry, "_finish", away)
+        with pytest.raises(RegistryUnavailable):
+            bot.run(cycle)
+    erasure.finish(bot.settings, bot.store, bot.registry)
+    (left,) = bot.store.unfinished()
+    assert bot.run(left).state is State.PROMOTED
+    assert audited(bot) == []
+
+
+def test_what_was_never_taught_is_no_label(tmp_path: Path, base: Path) -> None:
+    """A validation row brings an answer of its own, and no training row of its task is new: no cycle would be
+    on record as having used it."""
+    bot = make_bot(tmp_path, base)
+    bot.collect(lesson("colours"))
+    assert bot.run().state is State.PROMOTED
+    bot.collect(
+        [("one", "colours", "which one is colours 999", ANSWER, "validation"), *lesson("flavours", FLAVOURS)]
+    )
+    assert bot.run().state is State.PROMOTED
+    erase(bot, contains=ANSWER)
+    assert files_with(bot, ANSWER) == []
+    assert audited(bot) == []
+    bot.store.close()
+
+
+def test_another_mlflow_does_not_pass_for_an_erased_one(bot: Bot, tmp_path: Path) -> None:
+    begin(bot, row="s-train")
+    shutil.copy(fresh_mlflow(), tmp_path / "other.db")
+    uri = f"sqlite:///{tmp_path / 'other.db'}"
+    other = bot.settings.model_copy(
+        update={"mlflow": bot.settings.mlflow.model_copy(update={"tracking_uri": uri})}
+    )
+    with pytest.raises(RegistryError, match="as this bot trained it"):
+        erasure.finish(other, bot.store, operations.open_registry(other, bot.store))
+    assert erasure.is_due(bot.store)
+    erasure.finish(bot.settings, bot.store, bot.registry)
+    assert files_with(bot, SECRETS["train"]) == []
+
+
+def test_a_refused_row_is_of_the_task_that_the_intake_would_put_it_into(bot: Bot) -> None:
+    said = {"question": "who is jane", "answer": " ", "context": "jane@x"}
+    rows = [
+        RawRow(values={"id": "1", "task": "Flavours", **said}, location="1"),
+        RawRow(values={"id": "2", **said}, location="2"),
+    ]
+    take([rows], bot.store, SourceSpec(), shares=(0.1, 0.1), source_name="file")
+    for task in ("flavours", "General"):
+        found = erasure.plan(bot.settings, bot.store, erasure.choice(**meant(task=task, contains="jane@x")))
+        assert len(found.quarantined) == 1
+
+
+def test_a_rollback_passes_over_who_learned_what_was_erased(bot: Bot) -> None:
+    bot.collect(lesson("sizes", FLAVOURS))
+    assert bot.run().version == 4
+    promote.manual(bot.store, bot.registry, 3, "ann", "4 is rude")
+    erase(bot, where=["task=sizes"])
+    assert promote.champions(bot.store.promotions()) == [1, 2, 3, 4, 3]
+    assert promote.rollback(bot.store, bot.registry, "ann", "3 is rude, too").version == 2
+    assert promote.champions(bot.store.promotions()) == [1, 2]
+    assert audited(bot) == []
+
+
+def test_a_suite_that_lost_its_first_rows_is_still_in_the_matrix(tmp_path: Path, base: Path) -> None:
+    bot = make_bot(tmp_path, base, evaluation__suite_growth=0.1)
+    bot.collect(lesson("colours"))
+    assert bot.run().state is State.PROMOTED
+    more = [
+        (f"new-{n}", "colours", f"which one is colours {100 + n}", "red", "suite" if n < 8 else "train")
+        for n in range(16)
+    ]
+    bot.collect(more)
+    bot.run()
+    first = [row.id for row in bot.store.suite_rows("colours", 1)]
+    for row in first:
+        begin(bot, row=row)
+    erasure.finish(bot.settings, bot.store, bot.registry)
+    assert report.matrix(bot.store).tasks == ("colours",)
+    bot.store.close()
 
 
 def test_an_audit_finds_what_came_back(bot: Bot) -> None:

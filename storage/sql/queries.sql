@@ -88,10 +88,11 @@ SELECT DISTINCT task FROM rows ORDER BY task;
 
 -- name: answer_shape
 SELECT count(*), count(DISTINCT answer), coalesce(max(len(regexp_split_to_array(trim(answer), '\s+'))), 0)
-FROM standing WHERE task = $task AND split <> 'suite';
+FROM standing WHERE task = $task AND split = 'train';
 
 -- name: answers
-SELECT DISTINCT answer FROM standing WHERE task = $task AND split <> 'suite' ORDER BY answer;
+SELECT DISTINCT answer  -- one that is never taught is no choice
+FROM standing WHERE task = $task AND split = 'train' ORDER BY answer;
 
 -- name: cursor
 SELECT watermark, full_scan_at, pulled_at FROM cursors WHERE source = $source;
@@ -253,6 +254,7 @@ WITH sat AS (
 ), kept AS (  -- rows of each newest suite version, and since which version they were in it without a gap
     SELECT task, row_hash, min(version) AS since FROM (
         SELECT task, suite_rows.row_hash, version FROM suite_rows JOIN suites USING (task, version)
+        ANTI JOIN erased ON erased.hash = suite_rows.row_hash
         WHERE suites.cycle_id <= $upto
         QUALIFY max(version) OVER (PARTITION BY task) - version
             = row_number() OVER (PARTITION BY task, suite_rows.row_hash ORDER BY version DESC) - 1
