@@ -193,6 +193,33 @@ def test_a_version_answers_with_its_own_base_wherever_that_is_now(tmp_path: Path
         asking.load(bot.settings, serving, "colours")
 
 
+def test_without_its_snapshot_a_version_answers_with_no_other_base(tmp_path: Path) -> None:
+    bot = make_bot(tmp_path)
+    bot.collect(lesson("colours"))
+    assert bot.run().version == 1
+    serving = operations.serving(bot.settings, bot.store) | {"snapshot": None}
+    bot.store.close()
+    assert asking.load(bot.settings, serving, "colours").answer("which one is colours 1", "")
+    shutil.copytree(tmp_path / "base", tmp_path / "other")
+    edit(tmp_path / "other", "weights")
+    changed = bot.settings.model.model_copy(update={"base": str(tmp_path / "other")})
+    other = bot.settings.model_copy(update={"model": changed})
+    spec = asking._spec(other, serving, None)
+    assert spec.path == str(tmp_path / "base")
+
+
+def test_a_version_answers_with_the_labels_that_it_was_trained_with(tmp_path: Path) -> None:
+    bot = make_bot(tmp_path)
+    bot.collect(lesson("colours"))
+    assert bot.run().version == 1
+    (task,) = bot.store.tasks()
+    bot.store.put_task(replace(task, labels=("rouge", "vert")))
+    serving = operations.serving(bot.settings, bot.store)
+    bot.store.close()
+    answer = asking.load(bot.settings, serving, "colours").answer("which one is colours 1", "")
+    assert answer in task.labels
+
+
 def raises(error: Exception) -> Callable[..., None]:
     def fail(*args: object) -> None:
         raise error

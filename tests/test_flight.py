@@ -108,6 +108,48 @@ def test_a_request_is_run_and_one_more_is_queued_and_further_ones_join_it(scene:
     assert scene.runner.most_at_once == 1
 
 
+def test_a_person_who_joins_a_scheduled_cycle_makes_it_theirs(tmp_path: Path) -> None:
+    """A schedule does not try again what was rejected; who asks by hand wants just that."""
+    made = Scene(tmp_path / "store.duckdb")
+    planned, _ = made.flight.request("schedule", "schedule")
+    cycle, joined = made.flight.request("manual", "ann")
+    assert (cycle.id, joined) == (planned.id, True)
+    assert (cycle.trigger, cycle.requested_by) == ("manual", "ann")
+    assert made.flight.request("schedule", "schedule") == (made.store.cycle(planned.id), True)
+    assert made.store.cycle(planned.id) == cycle
+    made.store.close()
+
+
+def test_nobody_joins_a_cycle_that_was_cancelled(tmp_path: Path) -> None:
+    """The daemon was killed before it heard of the cancellation that is on record."""
+    made = Scene(tmp_path / "store.duckdb")
+    cancelled = made.store.request_cycle("manual", "ann")
+    made.store.event("cancel", cancelled.id, by="ann")
+    cycle, joined = made.flight.request("schedule", "schedule")
+    assert not joined
+    assert cycle.id != cancelled.id
+    made.store.close()
+
+
+def test_a_stop_does_not_wait_for_who_waits_for_the_store(scene: Scene) -> None:
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with scene.flight._turn:
+            held.set()
+            assert let_go.wait(PATIENCE)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(PATIENCE)
+    scene.flight.close()
+    assert scene.flight.closing
+    assert scene.flight._stop.is_set()
+    let_go.set()
+    holder.join()
+    scene.flight.wake()
+
+
 def test_unfinished_cycles_of_an_earlier_process_come_first_and_oldest_first(tmp_path: Path) -> None:
     made = Scene(tmp_path / "store.duckdb")
     old = made.store.request_cycle("manual", "before")

@@ -432,3 +432,28 @@ def test_fifty_thousand_rows_cost_a_few_statements_not_one_a_row(
     report = pull(source(path), store, shares=SHARES)
     assert (report.read, report.accepted, report.rejected) == (50_000, 49_500, 500)
     assert statements < 60
+
+
+def test_a_kill_between_cursor_and_columns_does_not_leave_one_without_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another's cursor, columns that were set and set back would read nothing."""
+    path = tmp_path / "qa.duckdb"
+    with duckdb.connect(str(path)) as source:
+        source.execute("CREATE TABLE qa (id INT, question TEXT, answer TEXT, told TIMESTAMP, seen TIMESTAMP)")
+        source.execute("INSERT INTO qa VALUES (1, 'one', 'a', '2026-01-01', '2026-03-01')")
+    first = SourceSpec(path=path, columns=Columns(task="", created_at="told"))
+    second = SourceSpec(path=path, columns=Columns(task="", created_at="seen"))
+    with Store.open(tmp_path / "store.duckdb") as store:
+        pull(DuckDBSource(first), store, shares=SHARES)
+        with duckdb.connect(str(path)) as source:
+            source.execute("INSERT INTO qa VALUES (2, 'two', 'b', '2026-01-02', '2026-03-01')")
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "set_meta", killed)
+            with pytest.raises(KeyboardInterrupt):
+                pull(DuckDBSource(second), store, shares=SHARES)
+        assert pull(DuckDBSource(first), store, shares=SHARES).read == 2
+
+
+def killed(*args: object) -> None:
+    raise KeyboardInterrupt

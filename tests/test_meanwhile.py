@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from storage.errors import ConfigError, RegistryError, RegistryUnavailable
 from storage.records import State
 from storage.registry import Registry
 from strategies.contract import EvaluateJob, TaskKind, TrainJob, TrainReport
-from tests.bots import FLAVOURS, Bot, lesson, make_bot, make_bot_again, two_promoted
+from tests.bots import FLAVOURS, Bot, audited, lesson, make_bot, make_bot_again, two_promoted
 
 
 @contextmanager
@@ -240,6 +241,22 @@ def published(registry: Registry, cycle_id: int) -> Any:
     with registry._connection.use() as (client, experiment):
         (run,) = client.search_runs([experiment], f"tags.`holdfast.cycle` = '{cycle_id}'")
         return run
+
+
+def test_a_clock_that_is_put_right_does_not_hide_who_moved_the_champion(bot: Bot) -> None:
+    two_promoted(bot)
+    bot.collect(lesson("shapes", FLAVOURS))
+    bot.clock.now += timedelta(hours=3)
+    cycle = bot.request()
+
+    def put_right(stage: str) -> None:
+        if stage == "evaluate":
+            bot.clock.now -= timedelta(hours=6)
+            promote.rollback(bot.store, bot.registry, "ann", "rude")
+
+    bot.executor.after = put_right
+    assert bot.run(cycle).state is State.REJECTED
+    assert audited(bot) == []
 
 
 def test_a_suite_that_grew_does_not_make_forgetting_be_forgotten(bot: Bot) -> None:

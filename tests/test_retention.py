@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from daemon import audit, operations, promote, report, retention
+from daemon import audit, erasure, operations, promote, report, retention
 from daemon.executor import Stop
 from storage.errors import ControlError, Interrupted, RegistryUnavailable
 from storage.records import State
@@ -234,6 +234,57 @@ def _cancel_at(stop: Stop, wanted: str) -> Callable[[str], None]:
             stop.check()
 
     return enter
+
+
+def test_answers_that_a_model_gives_after_its_others_were_pruned_are_kept_apart(
+    tmp_path: Path, base: Path
+) -> None:
+    """The same rows make the same adapter again, which sits a newer suite."""
+    bot = make_bot(
+        tmp_path, base, gate__min_gain=1.0, retention__rejected=0, retention__predictions=0,
+        retention__snapshots=0, evaluation__suite_growth=0.1,
+    )  # fmt: skip
+    bot.collect(lesson("colours"))
+    bot.run()
+    bot.collect([("more", "colours", "which one is colours 500", "red", "train")])
+    bot.run()
+    assert prune(bot)
+    erasure.begin(bot.settings, bot.store, erasure.choice("more", None, None, None, []), "ann", "asked")
+    erasure.finish(bot.settings, bot.store, bot.registry)
+    bot.collect(
+        [(f"new-{n}", "colours", f"which one is colours {100 + n}", "red", "suite") for n in range(8)]
+    )
+    third = bot.run()
+    first, *_, last = bot.store.models()
+    assert (last.cycle_id, last.adapter_hash) == (third.id, first.adapter_hash)
+    assert audited(bot) == []
+    assert "pruned" in "\n".join(report.explain(report.cycle_report(bot.store, 1)))
+    assert "pruned" not in "\n".join(report.explain(report.cycle_report(bot.store, third.id)))
+    bot.store.close()
+
+
+def test_a_version_that_only_mlflow_knows_loses_its_files(
+    bot: Bot, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cycle was cancelled before the store heard of it."""
+
+    def cut(*args: Any, **kwargs: Any) -> None:
+        raise RegistryUnavailable("cut off")
+
+    bot.collect(lesson("more and more"))
+    cycle = bot.request()
+    with monkeypatch.context() as patch:
+        patch.setattr(bot.registry, "_finish", cut)
+        with pytest.raises(RegistryUnavailable):
+            bot.run(cycle)
+    bot.store.event("cancel", cycle.id, by="ann")
+    (left,) = bot.store.unfinished()
+    assert bot.run(left).state is State.CANCELLED
+    prune(bot)
+    (unknown,) = [one for one in bot.registry.look().versions if one.cycle_id == cycle.id]
+    assert unknown.weights is not None
+    assert not unknown.weights.is_file()
+    assert audited(bot) == []
 
 
 def test_people_can_look_before(bot: Bot) -> None:

@@ -262,6 +262,20 @@ def test_a_clock_that_was_far_ahead_and_is_put_right_does_not_stop_the_schedule(
         schedule.stop()
 
 
+def test_a_plan_that_a_reload_takes_away_meanwhile_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = Schedule(lambda: None)
+    schedule.plan("0 0 1 1 *", "UTC")
+    schedule._scheduler.start(paused=True)
+    try:
+        job = schedule._scheduler.get_job("cycle")
+        schedule.plan("", "UTC")
+        monkeypatch.setattr(schedule._scheduler, "get_job", lambda name: job)
+        schedule._ahead += 3600
+        schedule.look()
+    finally:
+        schedule.stop()
+
+
 def test_a_firing_that_is_due_stays_due_when_the_clock_is_put_back() -> None:
     schedule = Schedule(lambda: None)
     schedule.plan("0 0 1 1 *", "UTC")
