@@ -218,8 +218,11 @@ def _remove_from_mlflow(store: Store, registry: Registry) -> None:
             version, _, what = path.removeprefix(MLFLOW).partition("/")
             registry.prune(int(version), _FILES[what], {f"holdfast.pruned.{what}": f"{told.at:%Y-%m-%d}"})
             store.pruning_done(path)
-    models, cycles = {model.version for model in store.models()}, {c.id: c for c in store.cycles(ALL)}
-    for listed in registry.look().versions:  # cancelled after MLflow had it and before the store did
-        cycle = cycles.get(listed.cycle_id)
-        if listed.version not in models and cycle and cycle.state.ended:
-            registry.prune(listed.version, _FILES["model"], {"holdfast.verdict": str(cycle.state)})
+    lost = {  # cancelled after MLflow had the version and before the store did
+        cycle.id: cycle.state
+        for cycle in store.cycles(ALL)
+        if cycle.state in (State.FAILED, State.CANCELLED) and store.verdict(cycle.id)
+    }
+    for listed in registry.look().versions if lost else ():  # looking asks for every version
+        if listed.cycle_id in lost and store.model(listed.version) is None:
+            registry.prune(listed.version, _FILES["model"], {"holdfast.verdict": str(lost[listed.cycle_id])})
