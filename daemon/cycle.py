@@ -230,8 +230,8 @@ class CycleRunner:
         limits = rescue.Limits.of(snapshot)
         now = self.clock()
         attempt = rescue.following(candidates, verdict, limits, strategy, cycle.parent, now)
-        if attempt is None:
-            over = rescue.is_cut_short(candidates, verdict, limits, strategy, cycle.parent, now)
+        over = rescue.is_cut_short(candidates, attempt, limits, now)
+        if attempt is None or over:
             return self._close(cycle, candidates, snapshot, over=over)
         why = f"attempt {candidates[-1].number} {_outcome(candidates[-1], verdict)}"
         log.info("%s; next: %s", why, rescue.words(attempt), extra=_action("rescue", cycle))

@@ -74,12 +74,12 @@ def following(
 ) -> Candidate | None:
     """The next attempt after these candidates, of which `verdict` judges the last; None: no more.
 
-    `strategy` and `parent` are the cycle's own. Without a champion there is nothing to blend with, and
-    nothing that more protection would know of. An adapter that did not grow out of the champion's has no
-    blends with it that would mean anything.
+    Whether there is time for it is `is_cut_short`'s to say. `strategy` and `parent` are the cycle's own.
+    Without a champion there is nothing to blend with, and nothing that more protection would know of. An
+    adapter that did not grow out of the champion's has no blends with it that would mean anything.
     """
     last = candidates[-1]
-    if parent is None or len(candidates) > limits.attempts or is_over(candidates, limits, now):
+    if parent is None or len(candidates) > limits.attempts:
         return None
     if verdict is not None and verdict.passed:
         return None
@@ -126,19 +126,10 @@ def is_over(candidates: Sequence[Candidate], limits: Limits, now: datetime) -> b
 
 
 def is_cut_short(
-    candidates: Sequence[Candidate],
-    verdict: gate.Verdict | None,
-    limits: Limits,
-    strategy: StrategySpec,
-    parent: int | None,
-    now: datetime,
+    candidates: Sequence[Candidate], attempt: Candidate | None, limits: Limits, now: datetime
 ) -> bool:
-    """Whether the clock ended it: the last attempt, or the next one before it began."""
-    if not is_over(candidates, limits, now):
-        return False
-    in_time = candidates[1].created_at
-    left = following(candidates, verdict, limits, strategy, parent, in_time)
-    return candidates[-1].note is not None or left is not None
+    """Whether the clock ended it: the last attempt, or `attempt`, the next one, before it began."""
+    return is_over(candidates, limits, now) and (attempt is not None or candidates[-1].note is not None)
 
 
 def within(

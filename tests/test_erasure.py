@@ -428,6 +428,15 @@ def test_a_refused_row_is_of_the_task_that_the_intake_would_put_it_into(bot: Bot
         assert len(found.quarantined) == 1
 
 
+def test_a_task_is_meant_however_its_name_is_spelt(bot: Bot) -> None:
+    exact, other = (
+        erasure.plan(bot.settings, bot.store, erasure.choice(**meant(task=name)))
+        for name in ("flavours", " FLAVOURS")
+    )
+    assert exact.rows
+    assert other == exact
+
+
 def test_a_rollback_passes_over_who_learned_what_was_erased(bot: Bot) -> None:
     bot.collect(lesson("sizes", FLAVOURS))
     assert bot.run().version == 4

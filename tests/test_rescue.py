@@ -455,11 +455,12 @@ def test_time_ends_a_rescue_only_where_an_attempt_was_left(attempts: int, cut_sh
     blend = rescue.following([plain(began)], forgotten(), limits, strategy, 1, began)
     assert blend is not None
     tried = [plain(began), blend]
-    assert rescue.following(tried, forgotten(), limits, strategy, 1, late) is None
-    assert rescue.is_cut_short(tried, forgotten(), limits, strategy, 1, late) is cut_short
+    left = rescue.following(tried, forgotten(), limits, strategy, 1, late)
+    assert rescue.is_cut_short(tried, left, limits, late) is cut_short
+    assert not rescue.is_cut_short(tried, left, limits, began)
     aside = [tried[0], replace(blend, note="the time for rescuing was over")]
-    assert rescue.is_cut_short(aside, None, limits, strategy, 1, late)
-    assert not rescue.is_cut_short(aside, None, limits, strategy, 1, began)
+    assert rescue.is_cut_short(aside, None, limits, late)
+    assert not rescue.is_cut_short(aside, None, limits, began)
 
 
 @pytest.mark.parametrize(("stage", "nth"), [("train", 2), ("evaluate", 4)])
