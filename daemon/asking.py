@@ -32,6 +32,8 @@ class Loaded:
     answerer: "Answerer"
 
     def answer(self, question: str, context: str) -> str:
+        if not question.strip():
+            raise ControlError('the question is empty; `daemon ask "…"`')
         return self.answerer.answer([(question, context, self.task)])[0]
 
 
@@ -86,5 +88,6 @@ def _task(values: dict[str, Any]) -> Task:
 
 def _name(settings: Settings, serving: dict[str, Any]) -> str:
     if serving["version"] is None:
-        return f"{settings.bot.name}: no champion yet, the base model answers"
+        why = "rolled back to the base" if serving["rolled_back"] else "no champion yet"
+        return f"{settings.bot.name}: {why}, the base model answers"
     return f"{settings.bot.name} version {serving['version']}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from daemon.executor import Executor, OnProgress, Stop
 from daemon.settings import Settings
-from storage.errors import ModelError
+from storage.errors import ConfigError, ModelError
 from strategies.base import prepared
 from strategies.contract import ModelSpec, PreparedBase, PrepareJob
 from strategies.tokens import count_tokens_factory
@@ -36,6 +36,17 @@ def prepare_base(settings: Settings, executor: Executor, on_progress: OnProgress
     """
     job = PrepareJob(base=settings.model.base, out=str(base_folder(settings)))
     return prepared_base(settings) or executor.prepare(job, on_progress, stop)
+
+
+def check_champions_base(
+    settings: Settings, base: PreparedBase, version: int | None, fingerprint: str | None
+) -> None:
+    """Raises `ConfigError` when the champion, which has that version and base, is not for this one."""
+    if version is not None and fingerprint != base.fingerprint:
+        raise ConfigError(
+            f"model.base = {settings.model.base!r} is not the base of champion version {version}; set it "
+            "back, or start a new bot with another bot.state_dir and bot.name"
+        )
 
 
 def located(settings: Settings, spec: ModelSpec) -> ModelSpec:

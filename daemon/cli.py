@@ -4,7 +4,6 @@ Imports are inside the functions: `daemon --help` and `daemon status` start with
 DuckDB. A user's mistake ends in one line on standard error and exit code 1, never in a traceback.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from daemon.journal import printable
+from daemon.output import complain, print_json
 from storage.errors import HoldfastError, StoreBusy
 
 if TYPE_CHECKING:
@@ -47,8 +47,21 @@ WhyOption = Annotated[str, typer.Option("--why", help="The reason, for whoever r
 _chosen: Path | None = None  # the --config before the command
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        from daemon import operations
+
+        print(f"holdfast {operations.software_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options(config: ConfigOption = None) -> None:
+def _options(
+    config: ConfigOption = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     global _chosen
     _chosen = config
 
@@ -82,7 +95,7 @@ def run(config: ConfigOption = None) -> None:
     try:
         code = service.run(_config_path(config))
     except StoreBusy as error:
-        _complain(error)
+        complain(error)
         code = service.BUSY
     except HoldfastError:
         raise
@@ -130,7 +143,7 @@ def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> None:
         if not as_json:
             console.check(check)
     if as_json:
-        _print_json([asdict(check) for check in found])
+        print_json([asdict(check) for check in found])
     raise typer.Exit(int(any(check.outcome is Outcome.FAIL for check in found)))
 
 
@@ -207,7 +220,7 @@ def quarantine(
 @app.command()
 def ask(
     question: Annotated[
-        str | None, typer.Argument(help="Left out: one question a line from standard input.")
+        str | None, typer.Argument(help="Left out: one a line from standard input, by one loaded model.")
     ] = None,
     config: ConfigOption = None,
     task: Annotated[
@@ -229,7 +242,7 @@ def ask(
     for asked in [question] if question is not None else asking.questions():
         answer = answerer.answer(asked, context)
         if as_json:
-            _print_json({"question": asked, "answer": answer, "task": task, "version": serving["version"]})
+            print_json({"question": asked, "answer": answer, "task": task, "version": serving["version"]})
         else:
             print(printable(answer), flush=True)
 
@@ -346,11 +359,11 @@ def erase(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would happen.")] = False,
 ) -> None:
     """Forget rows for ever, and every model that learned them."""
-    from daemon import access, console
+    from daemon import access, console, operations
 
-    settings = _settings(config)
-    which: dict[str, Any] = {"row": row, "task": task, "before": before, "contains": contains}
-    which["where"] = where or []
+    operations.check_why(why)
+    settings, text = _settings(config), {"row": row, "task": task, "before": before, "contains": contains}
+    which: dict[str, Any] = {**text, "where": where or []}
     _show(access.erase(settings, why, which, dry_run=True), False, console.erasure_plan)
     if dry_run:
         return
@@ -368,7 +381,8 @@ def prune(
     """Remove what [retention] lets go. The daemon does so by itself after every cycle."""
     from daemon import access, console
 
-    _show(access.prune(_settings(config), dry_run=dry_run), as_json, console.removals)
+    told = access.prune(_settings(config), dry_run=dry_run)
+    _show(told, as_json, lambda told: console.removals(told, planned=dry_run))
 
 
 @app.command()
@@ -448,10 +462,10 @@ def _move(settings: "Settings", operation: str, **args: Any) -> None:
 def _tell_retrained(told: dict[str, Any], waited: bool, as_json: bool) -> None:
     cycle = told["cycle"]
     if as_json:
-        _print_json(told)
+        print_json(told)
     elif waited:
         print(printable(f"cycle {cycle['id']} {cycle['state']}: {cycle['reason'] or ''}".rstrip(": ")))
-        print(f"the scores behind it: `daemon show {cycle['id']}`")
+        print(f"more of it: `daemon show {cycle['id']}`")
     else:
         how = "joined the queued cycle" if told["joined"] else "asked for cycle"
         print(f"{how} {cycle['id']}; follow it with `daemon status`")
@@ -460,25 +474,11 @@ def _tell_retrained(told: dict[str, Any], waited: bool, as_json: bool) -> None:
 
 def _show(told: dict[str, Any], as_json: bool, human: Callable[[dict[str, Any]], None]) -> None:
     if as_json:
-        _print_json(told)
+        print_json(told)
     else:
         from daemon import console
 
         human(console.harmless(told))
-
-
-def _print_json(value: Any) -> None:
-    """Readable in every language; what a terminal would obey is escaped, which JSON reads as the same."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    print("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
-
-
-def _complain(error: HoldfastError) -> None:
-    """`error: …`, red in a terminal."""
-    colour, plain = (
-        ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    )
-    print(f"{colour}error: {printable(error)}{plain}", file=sys.stderr)
 
 
 def main() -> None:
@@ -486,13 +486,13 @@ def main() -> None:
     try:
         app(prog_name="daemon")
     except HoldfastError as error:
-        _complain(error)
+        complain(error)
         sys.exit(1)
     except BrokenPipeError:  # `daemon history | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # a full disk, a file of another account
-        _complain(HoldfastError(f"{error}; free space or fix the permissions, and see `daemon doctor`"))
+        complain(HoldfastError(f"{error}; free space or fix the permissions, and see `daemon doctor`"))
         sys.exit(1)
 
 

@@ -34,7 +34,8 @@ def load(path: Path) -> Settings:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"there is no config file at {path}; make one with `{init_command(path)}`"
+            f"there is no config file at {path}; "
+            + (f"make one with `{init_command(path)}`" if path.name == "config.toml" else "correct --config")
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config file {path} cannot be read: {error}") from None
@@ -85,7 +86,7 @@ _TASKS_EXAMPLE = [
     "# Optional, one table a task; what is unset is inferred from the rows.",
     "# [tasks.billing]",
     '# kind = "free"            # free text, or "labels": one of a closed set',
-    '# labels = ["yes", "no"]   # the closed set; unset: the answers seen so far',
+    '# labels = ["yes", "no"]   # the closed set, nothing else is taken; unset: the answers seen so far',
     '# metric = "token_f1"      # exact_match, token_f1 or accuracy: what the gate compares',
     "# The first two drop punctuation and articles, as SQuAD does: to them C++ is C#, and -5 is 5.",
 ]
@@ -181,12 +182,21 @@ def _check_environment() -> None:
 
 # What to write, where pydantic only names its type.
 _FIXES = {
-    "int_type": "should be a valid integer; write it without quotes",
-    "float_type": "should be a valid number; write it without quotes",
-    "bool_type": "should be a valid boolean; write true or false, without quotes",
+    "int_type": "should be a whole number",
+    "float_type": "should be a number",
+    "bool_type": "should be true or false",
     "string_type": "should be text; write it in quotes",
     "path_type": "should be a path; write the path in quotes",
     "tuple_type": 'should be a list; write it like ["a", "b"]',
+}
+
+
+_UNQUOTED = ("int_type", "float_type", "bool_type")
+
+# Where pydantic only shows the regular expression.
+_PATTERNS = {
+    "bot.name": "should be letters, digits, - and _, at most 64, and begin with a letter or a digit",
+    "model.device": "should be auto, cpu, cuda or cuda:N",
 }
 
 
@@ -205,6 +215,10 @@ def _explain(problem: Any) -> str:
         message = f"should be a table; write its keys under [{key}]"
     else:
         message = _FIXES.get(problem["type"], message)
+        if problem["type"] in _UNQUOTED and isinstance(problem["input"], str):
+            message += ", without quotes"
+    if problem["type"] == "string_pattern_mismatch":
+        message = _PATTERNS.get(".".join(str(part) for part in problem["loc"]), message)
     return redact(f"{key} = {problem['input']!r}: {message}")
 
 

@@ -134,9 +134,7 @@ def _champion_line(champion: dict[str, Any] | None) -> Text:
     if champion is None:
         return Text("none yet: the base model answers")
     name = f"version {champion['version']}" if champion["version"] is not None else "the base model"
-    return Text(
-        f"{name}, by {champion['kind']} ({champion['who']}) at {when(champion['at'])}: {champion['why']}"
-    )
+    return Text(f"{name}, by {_mover(champion)} at {when(champion['at'])}: {champion['why']}")
 
 
 def _cycle_lines(told: dict[str, Any]) -> Iterable[tuple[str, Text]]:
@@ -150,7 +148,7 @@ def _cycle_lines(told: dict[str, Any]) -> Iterable[tuple[str, Text]]:
                 Text(f"cycle {cycle['id']}, {cycle['state']}, asked for by {cycle['requested_by']}"),
             )
     last = told["last"]
-    if last and not any(cycle["id"] == last["id"] for cycle in told["unfinished"]):
+    if last:
         yield (
             "last",
             Text.assemble(f"cycle {last['id']} ", _state(last["state"]), f": {last['reason'] or ''}"),
@@ -167,10 +165,11 @@ def _next_line(told: dict[str, Any]) -> str:
 
 
 def _tasks(tasks: dict[str, Any]) -> Table:
-    table = _table("task", "train", "validation", "suite", "frozen")
+    table = _table("task", "train", "validation", "suite", "frozen", "answers", "metric")
     for name, counts in tasks.items():
         frozen = f"v{counts['suite_version']}" if counts["suite_version"] else "not yet"
-        table.add_row(line(name, 40), *(f"{counts[k]:,}" for k in ("train", "validation", "suite")), frozen)
+        splits = (f"{counts[k]:,}" for k in ("train", "validation", "suite"))
+        table.add_row(line(name, 40), *splits, frozen, counts["kind"] or "", counts["metric"] or "")
     return table
 
 
@@ -230,11 +229,15 @@ def _cycles(told: dict[str, Any]) -> None:
     out().print(table)
     promotions = _table("champion", "before", "by", "when", "why", right=("champion", "before"))
     for move in told["promotions"]:
-        by = move["kind"] if move["kind"] == "gate" else f"{move['kind']}, {move['who']}"
         champion, before = (str(move[key] or "base") for key in ("version", "previous"))
-        promotions.add_row(champion, before, by, when(move["at"]), Text(line(move["why"], 200)))
+        promotions.add_row(champion, before, _mover(move), when(move["at"]), Text(line(move["why"], 200)))
     if told["promotions"]:
         out().print(promotions)
+
+
+def _mover(move: dict[str, Any]) -> str:
+    """What moved the champion: the gate, or somebody."""
+    return str(move["kind"]) if move["kind"] == "gate" else f"{move['kind']}, {move['who']}"
 
 
 def show(told: dict[str, Any]) -> None:
@@ -296,12 +299,12 @@ def erased(told: dict[str, Any]) -> None:
         out().print(f"erasure {number} is begun: {rest}")
 
 
-def removals(told: dict[str, Any]) -> None:
-    """What goes, or would."""
+def removals(told: dict[str, Any], *, planned: bool = False) -> None:
+    """What went, or, when that is only planned, would go."""
     if not told["removals"]:
         out().print(f"nothing to remove; removed so far: {told['pruned']:,}")
         return
-    table = _table("removed", "of")
+    table = _table("would be removed" if planned else "removed", "of")
     for one in told["removals"]:
         table.add_row(one["path"], one["why"])
     out().print(table)

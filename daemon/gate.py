@@ -150,9 +150,10 @@ def _judge_suite(suite: SuiteScores, limits: Thresholds, seed: int) -> SuiteVerd
     change = candidate - champion
     if rows < limits.min_suite_rows:
         finding = Finding.TOO_FEW_ROWS
-        reason = (
-            f"{suite.suite} has {rows} rows, fewer than gate.min_suite_rows = {limits.min_suite_rows}: no say"
-        )
+        few = f"fewer than gate.min_suite_rows = {limits.min_suite_rows}"
+        reason = f"{suite.suite} has {rows} rows, {few}: no say"
+        if not rows:  # a task without a suite yet
+            reason = f"{suite.suite} has no say: {few} of its rows are held out"
     elif max(base, champion, candidate) == 0:
         finding = Finding.NO_SIGNAL
         reason = f"{suite.suite} gives no signal: base, champion and candidate all score 0 on {rows} rows"

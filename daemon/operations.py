@@ -115,9 +115,8 @@ def serving(settings: Settings, store: Store, wanted: int | None = None) -> dict
 
     `version` and `adapter` are None when the bare base answers: there is no champion yet.
     """
-    chosen = wanted
+    chosen, champion = wanted, store.champion()
     if chosen is None:
-        champion = store.champion()
         chosen = champion.version if champion else None
     found = store.model(chosen) if chosen is not None else None
     from daemon.promote import check_has_files
@@ -133,6 +132,7 @@ def serving(settings: Settings, store: Store, wanted: int | None = None) -> dict
         "adapter": str(settings.state_dir / found.result / "adapter") if found else None,
         "snapshot": cycle.snapshot if cycle and f"snapshots/{cycle.snapshot}" not in store.pruned() else None,
         "base": found.base if found else None,
+        "rolled_back": champion is not None and chosen is None,
         "tasks": [plain(task) for task in store.tasks()],
     }
 
@@ -216,7 +216,7 @@ def promote(store: Store, registry: Registry, wanted: int, who: str, why: str) -
     """A person overrides the gate; their name and reason stay on record."""
     from daemon import promote as champion
 
-    _check_why(why)
+    check_why(why)
     return _moved(store, lambda: champion.manual(store, registry, wanted, who, why))
 
 
@@ -224,7 +224,7 @@ def rollback(store: Store, registry: Registry, who: str, why: str) -> dict[str, 
     """Back to the champion before; what was learned since is pending again."""
     from daemon import promote as champion
 
-    _check_why(why)
+    check_why(why)
     return _moved(store, lambda: champion.rollback(store, registry, who, why))
 
 
@@ -258,7 +258,7 @@ def erase(settings: Settings, store: Store, who: str, why: str, **which: Any) ->
     """Begins an erasure; `erasure.finish` does the rest, between two cycles."""
     from daemon import erasure
 
-    _check_why(why)
+    check_why(why)
     return dict(plain(erasure.begin(settings, store, erasure.choice(**which), who, why)))
 
 
@@ -328,12 +328,12 @@ def _plain_leaf(value: Any) -> str:
 
 
 def _known(store: Store) -> dict[str, Any]:
-    cycles = store.cycles(1)
+    last = store.last_ended()
     return {
         "champion": promotion(store.champion()),
         "metrics": report.matrix(store).metrics() if store.scores() else {},
         "unfinished": [plain(cycle) for cycle in store.unfinished()],
-        "last": plain(cycles[0]) if cycles else None,
+        "last": plain(last) if last else None,
         "paused": paused(store),
         "rows": _rows(store),
         "quarantine": store.quarantine_counts(),
@@ -344,6 +344,7 @@ def _rows(store: Store) -> dict[str, Any]:
     """Rows by task and split, how many wait to be learned, and how many another answer superseded."""
     counts = store.row_counts()
     suites = store.latest_suites()
+    kinds = {task.name: task for task in store.tasks()}
     totals: Counter[str] = Counter()
     for splits in counts.values():
         totals.update({split.value: count for split, count in splits.items()})
@@ -355,6 +356,8 @@ def _rows(store: Store) -> dict[str, Any]:
         "superseded": store.superseded_count(),
         "tasks": {
             task: {
+                "kind": kinds[task].kind if task in kinds else None,
+                "metric": kinds[task].metric if task in kinds else None,
                 **{split.value: splits.get(split, 0) for split in Split},
                 "suite_version": suites[task].version if task in suites else None,
             }
@@ -388,7 +391,7 @@ def _moved(store: Store, move: Callable[[], Promotion]) -> dict[str, Any]:
         return {"champion": promotion(store.champion()), "warning": late}
 
 
-def _check_why(why: str) -> None:
+def check_why(why: str) -> None:
     if not why.strip():
         raise ControlError('a reason is needed, for whoever reads the history: --why "…"')
 

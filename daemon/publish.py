@@ -69,7 +69,7 @@ def _record(
     classified = report.classification(store, cycle.id)
     used = {
         "model": meta["model"],
-        "lora": meta["lora"],
+        "lora": {**meta["lora"], **_shape(result["adapter"])},
         "training": meta["train"],
         "strategy": {
             **rescue.strategy_of(candidate, StrategySpec.from_dict(meta["strategy"])).__dict__,
@@ -113,6 +113,12 @@ def _record(
             "holdfast.attempt": f"{candidate.number}: {rescue.words(candidate)}",
         },
     )
+
+
+def _shape(adapter: Path) -> dict[str, Any]:
+    """What the adapter is like: one that goes on keeps the shape it had, whatever was asked for since."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": config["lora_dropout"]}
 
 
 def _trade_off(attempts: list[dict[str, Any]]) -> tuple[TradeOff, ...]:
@@ -161,7 +167,8 @@ def _metrics(
         **found,
         **(table.metrics() if table else {}),
         "train/rows": training.rows,
-        "train/replay_rows": training.replay_rows,
+        "train/replay_rows": len(training.rehearsed),
+        "train/final_loss": training.final_loss,
         "train/seconds": training.seconds,
         "train/state_bytes": training.state_bytes,
     }
@@ -192,7 +199,13 @@ def _add_answers(store: Store, score: Score, lines: dict[tuple[str, str], dict[s
     for row in store.rows_by_hash(sorted(predictions)):
         line = lines.setdefault(
             (score.task, row.hash),
-            {"task": score.task, "row": row.hash, "question": row.question, "answer": row.answer},
+            {
+                "task": score.task,
+                "row": row.hash,
+                "context": row.context,
+                "question": row.question,
+                "answer": row.answer,
+            },
         )
         line[score.label] = predictions[row.hash].prediction
         line[f"{score.label}_score"] = predictions[row.hash].score

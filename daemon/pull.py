@@ -13,6 +13,7 @@ from daemon.settings import Settings
 from storage import files, intake, sources
 from storage.errors import HoldfastError
 from storage.intake import IntakeReport
+from storage.rows import normalise
 from storage.store import Store
 from strategies.contract import PreparedBase
 
@@ -64,6 +65,11 @@ def source_spec(settings: Settings) -> sources.SourceSpec:
         columns=sources.Columns(**given.columns.model_dump()),
         default_task=given.default_task,
         on_conflict=given.on_conflict,
+        labels={
+            normalise(task): frozenset(label.strip().casefold() for label in wish.labels)
+            for task, wish in settings.tasks.items()
+            if wish.labels
+        },
         overlap=timedelta(hours=given.overlap_hours),
         full_scan_every=timedelta(days=given.full_scan_days),
         batch_rows=given.batch_rows,

@@ -5,11 +5,12 @@ Everything is computed from the store; nothing is remembered here and nothing is
 
 import json
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 from daemon import rescue, tradeoff
 from storage.errors import ControlError
-from storage.records import Cycle, ModelVersion
+from storage.records import Cycle, ModelVersion, State
 from storage.removals import ANSWERS
 from storage.store import Store
 from strategies import metrics, scoring
@@ -83,6 +84,7 @@ def _gathered(store: Store, cycle: Cycle) -> dict[str, Any]:
     return {
         "cycle": _plain(asdict(cycle)),
         "pulled": _pulled(store, cycle_id),
+        "notes": _notes(store, cycle_id),
         "rows": roles,
         "scores": [_plain(asdict(score)) for score in store.scores(cycle_id)],
         "verdict": json.loads(verdict[1]) if verdict else None,
@@ -97,15 +99,17 @@ def _gathered(store: Store, cycle: Cycle) -> dict[str, Any]:
 def explain(report: dict[str, Any]) -> list[str]:
     """A cycle in sentences: what it learned, what became of the old tasks, and why it ended as it did."""
     cycle, rows, verdict = report["cycle"], report["rows"], report["verdict"]
-    lines = [
-        f"Cycle {cycle['id']} is {cycle['state']}" + (f": {cycle['reason']}" if cycle["reason"] else ".")
-    ]
+    lines = [_head(cycle)]
     if report["pulled"]:
         lines.append(f"It pulled rows: {report['pulled']}.")
     if rows["train"]:
+        trained = verdict or any(attempt["model"] for attempt in report["attempts"])
+        verb = "learned" if trained else "was to learn" if cycle["finished_at"] else "is to learn"
         start = "the base model" if cycle["parent"] is None else f"version {cycle['parent']}"
         replayed = f", rehearsing {rows['replay']} remembered ones" if rows["replay"] else ""
-        lines.append(f"It learned {rows['train']} new rows on top of {start}{replayed}.")
+        lines.append(f"It {verb} {rows['train']} new rows on top of {start}{replayed}.")
+    lines += [f"Mind: {note}." for note in report["notes"]]
+    lines += _measures(report["scores"])
     if verdict:
         suites = {s["reason"]: f"  {'new' if s['new'] else 'old'}  {s['reason']}" for s in verdict["suites"]}
         lines += suites.values()
@@ -121,6 +125,30 @@ def explain(report: dict[str, Any]) -> list[str]:
         when = report["pruned"]["answers"][:10]
         lines.append(f"Its answers were pruned on {when}: its numbers stay, and cannot be computed again.")
     return lines
+
+
+def _head(cycle: dict[str, Any]) -> str:
+    """The outcome; of a cycle that is under way only what is known of it: its verdict, at the end."""
+    if cycle["finished_at"] or cycle["state"] == State.DECIDED:
+        # MLflow is told of a decided cycle, and keeps what it was told.
+        state = f" is {cycle['state']}" if cycle["finished_at"] else ""
+        return f"Cycle {cycle['id']}{state}" + (f": {cycle['reason']}" if cycle["reason"] else ".")
+    return f"Cycle {cycle['id']} is {cycle['state']}."
+
+
+def _measures(scores: list[dict[str, Any]]) -> list[str]:
+    """What the scores are, by metric."""
+    tasks: dict[str, set[str]] = {}
+    for score in scores:
+        tasks.setdefault(score["metric"], set()).add(score["task"])
+    told = [f"{name.replace('_', ' ')} of {', '.join(sorted(its))}" for name, its in sorted(tasks.items())]
+    return [f"Scores: {'; '.join(told)}."] if told else []
+
+
+def _notes(store: Store, cycle_id: int) -> list[str]:
+    """What its trainings said that people should know; one that was done again says it again."""
+    events = reversed(store.events(limit=50, cycle_id=cycle_id, kind="note"))
+    return list(dict.fromkeys(str(event.detail.get("text", "")) for event in events))
 
 
 def _pulled(store: Store, cycle_id: int) -> str:
@@ -242,5 +270,5 @@ def _base_key(store: Store, cycle_id: int | None) -> str:
 def _plain(value: Any) -> Any:
     """JSON types only: times as ISO text, tuples as lists."""
     return json.loads(
-        json.dumps(value, default=lambda v: v.isoformat() + "Z" if hasattr(v, "isoformat") else str(v))
+        json.dumps(value, default=lambda v: f"{v:%Y-%m-%dT%H:%M:%S}Z" if isinstance(v, datetime) else str(v))
     )

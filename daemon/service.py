@@ -24,6 +24,7 @@ from types import FrameType
 from typing import Any
 
 from daemon import config, erasure, journal, operations, promote, retention, schedule, statedir
+from daemon.base import check_champions_base, prepared_base
 from daemon.commands import Commands, CycleExecutor, Daemon, make_executor
 from daemon.control import ControlServer
 from daemon.cycle import CycleRunner
@@ -333,6 +334,7 @@ class Service:
             settings = config.load(self._config_path)
             registry = operations.open_registry(settings, self._daemon.store)
             _check_same_bot(self._daemon.settings, settings)
+            self._check_base(settings)
         except HoldfastError as error:
             self._config_problem = str(error)
             log.error("config not reloaded, the old one stays: %s", error, extra={"action": "reload-refused"})
@@ -344,6 +346,12 @@ class Service:
             self._seen()
             self._daemon.flight.wake(untidy=True)
             log.info("config reloaded, it counts from the next cycle", extra={"action": "reloaded"})
+
+    def _check_base(self, settings: Settings) -> None:
+        """Raises `ConfigError` for a base that is known not to be the champion's."""
+        champion, base = promote.serving(self._daemon.store), prepared_base(settings)
+        if champion is not None and base is not None:
+            check_champions_base(settings, base, champion.version, champion.base)
 
 
 def status_line(activity: Activity) -> str:

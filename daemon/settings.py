@@ -235,7 +235,8 @@ class TaskOverride(Section):
         None, description="What the gate compares."
     )
     labels: Annotated[tuple[str, ...], Field(strict=False)] = Field(
-        (), description="The closed set; empty: the answers seen so far."
+        (),
+        description="The closed set, nothing else is taken; empty: the answers seen so far.",
     )
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ CountTokens = Callable[[str, str], int]  # (context and question, answer) -> tok
 
 _MOST_CHARACTERS = 1_000_000  # no prompt is as long; spares the tokenizer
 _LONGEST_TASK = 100  # characters: a task's name becomes part of metric names
+_LABELS_TOLD = 20
 _SHOWN = 4_000  # characters of a field that the quarantine keeps
 _SHORTENED = re.compile(r"… \(\d+ characters\)$")
 
@@ -57,9 +58,11 @@ class IntakeReport:
         told = f"{self.read} read, {self.accepted} new, {self.known} known"
         if self.superseded:
             told += f", {self.superseded} superseded"
+        if self.rejected:
+            told += f", {self.rejected} not accepted"
         if self.quarantined:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.quarantined.items())
-            told += f", {sum(self.quarantined.values())} quarantined ({reasons})"
+            told += f" (new in quarantine: {reasons})"
         return told
 
 
@@ -83,9 +86,12 @@ def pull(
     """Everything new in the source into the store.
 
     The cursor moves only when every batch is stored; a crash before that means reading again. It says nothing
-    of other columns than those that were read: then everything is compared.
+    of other columns than those that were read, nor of what was refused by other labels: then everything is
+    compared.
     """
     place, columns = f"columns of {source.name}", repr(source.spec.columns)
+    if source.spec.labels:
+        columns += repr(sorted((task, sorted(labels)) for task, labels in source.spec.labels.items()))
     cursor = store.cursor(source.name) if store.get_meta(place) == columns else None
     report = take(
         source.batches(cursor), store, source.spec, shares=shares, count_tokens=count_tokens,
@@ -194,6 +200,10 @@ def _row(raw: RawRow, spec: SourceSpec) -> Row:
             raise _Refused(f"empty-{name}", f"the {name} is empty")
     if len(task) > _LONGEST_TASK:
         raise _Refused("too-long", f"the task's name has {len(task)} characters; at most {_LONGEST_TASK}")
+    labels = spec.labels.get(normalise(task))
+    if labels is not None and texts["answer"].casefold() not in labels:
+        known = ", ".join(sorted(labels)[:_LABELS_TOLD])
+        raise _Refused("unknown-label", f"the answer is none of the labels of tasks.{task}: {known}")
     return Row(
         id=texts["id"],
         task=task,

@@ -7,8 +7,8 @@ raw rows, and reads some of them more than once rather than miss one. Judging is
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ _CONFIG = {"autoinstall_known_extensions": "false", "autoload_known_extensions":
 _HOLDER = re.compile(r"held in (?P<program>.+?) \(PID (?P<pid>\d+)\)")
 _NAME_PART = re.compile(r'"(?:[^"]|"")+"|[^."]+')
 _EPOCH = datetime(1970, 1, 1)
+_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _AS_TEXT = ("TIME", "DATE", "INTERVAL", "FLOAT", "DECIMAL", "UHUGEINT", "BIT", "BIGNUM")
 
@@ -55,6 +56,8 @@ class SourceSpec:
     columns: Columns = Columns()
     default_task: str = "general"
     on_conflict: OnConflict = "newest"
+    # Of tasks whose labels are configured, by normalised name: their spellings without case.
+    labels: Mapping[str, Collection[str]] = field(default_factory=dict)
     overlap: timedelta = timedelta(hours=48)
     full_scan_every: timedelta = timedelta(days=7)
     batch_rows: int = 20_000
@@ -236,12 +239,12 @@ class DuckDBSource:
 
     def _require_columns(self, found: list[str]) -> None:
         known = {name.casefold() for name in found}
-        for field, name in self.spec.columns.named().items():
+        for key, name in self.spec.columns.named().items():
             if name.casefold() not in known:
-                optional = "" if field in REQUIRED else ', or to "" when there is none'
+                optional = "" if key in REQUIRED else ', or to "" when there is none'
                 raise SourceError(
                     f"{self.spec.table} in {self.path} has no column {name!r}; it has {listed(found)}. "
-                    f"Set source.columns.{field} to the right one{optional}"
+                    f"Set source.columns.{key} to the right one{optional}"
                 )
 
     def _open(self) -> Any:
@@ -282,6 +285,8 @@ class DuckDBSource:
             )
         if not is_there:
             return SourceError(f"there is no file {self._file}; set source.path to your collector's DuckDB")
+        if self._file.suffix.lower() in _FILES:
+            return SourceError(f"{self.path} is no DuckDB file; take it in with `daemon ingest {self.path}`")
         if "version number" in text:
             return SourceError(
                 f"{self.path} was written by a newer DuckDB than this one ({duckdb.__version__}): {text}; "

@@ -166,6 +166,10 @@ class Store(Removals):
         """The newest cycles, newest first."""
         return self._db.all(bulk.cycle, "cycles", limit=limit)
 
+    def last_ended(self) -> Cycle | None:
+        """The cycle that ended last, whichever began first."""
+        return self._db.one(bulk.cycle, "last_ended")
+
     def cycles_with(self, snapshot: str) -> list[Cycle]:
         """The cycles that trained on a snapshot, newest first."""
         return self._db.all(bulk.cycle, "cycles_with", snapshot=snapshot)

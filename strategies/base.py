@@ -32,7 +32,7 @@ def prepare(job: PrepareJob, on_progress: Callable[[Progress], None] = lambda pr
         return before
     on_progress(Progress(stage="prepare", detail=job.base))
     gguf = _gguf_file(job)
-    source = gguf or _folder(job.base)
+    source = gguf or _folder(job.base) or _from_hub(job.base)
     _check_readable(source)
     from strategies.model import context_tokens, load_folder  # brings torch
 
@@ -61,6 +61,14 @@ def prepare(job: PrepareJob, on_progress: Callable[[Progress], None] = lambda pr
         )
         (folder / RECORD).write_text(record.to_json() + "\n")
     return record
+
+
+def local_source(base: str) -> Path | None:
+    """Where the base lies on this machine; None when it is to come from the hub. Needs no torch.
+
+    Raises `ModelError` for a package or a folder that has no weights which would be loaded.
+    """
+    return _gguf_file(PrepareJob(base=base, out="")) or _folder(base)
 
 
 def prepared(out: Path) -> PreparedBase | None:
@@ -156,15 +164,20 @@ def _dequantise(gguf: Path, target: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _folder(base: str) -> Path:
-    """A local folder as it is, or a hub name's snapshot; safetensors only."""
+def _folder(base: str) -> Path | None:
+    """A local folder as it is; safetensors only."""
     path = Path(base).expanduser()
-    if path.is_dir():
-        if not list(path.glob("*.safetensors")):
-            raise ModelError(
-                f"model.base = {base!r} holds no .safetensors weights; pickled weights are not loaded"
-            )
-        return path.resolve()
+    if not path.is_dir():
+        return None
+    if not list(path.glob("*.safetensors")):
+        raise ModelError(
+            f"model.base = {base!r} holds no .safetensors weights; pickled weights are not loaded"
+        )
+    return path.resolve()
+
+
+def _from_hub(base: str) -> Path:
+    """A hub name's snapshot."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -100,6 +100,8 @@ def _plain(args: list[str], cwd: str, extra: dict[str, str]) -> subprocess.Compl
         (["quarantine", "--reason", "smell"], 1, "reasons: none"),
         (["ingest", "nowhere.csv"], 1, "nowhere.csv: no such file"),
         (["ingest", "/"], 1, "is not a file"),
+        (["erase", "--row", "1", "--why", " "], 1, "a reason is needed"),
+        (["-c", "cofnig.toml", "status"], 1, "correct --config"),
         (["ask", "x", "--task", "smells"], 1, "there is no task 'smells'"),
         (["ask", "x", "--version", "9"], 1, "there is no version 9"),
         (["dance"], 2, "dance"),
@@ -315,29 +317,8 @@ def test_every_ending_has_an_exit_code() -> None:
     assert not {EXIT_CODES[state] for state in ("rejected", "failed", "cancelled")} & {1, 2}
 
 
-def test_doctor_says_what_is_missing_and_what_to_type(path: Path) -> None:
-    found = {check["name"]: check for check in json.loads(cli(path, "doctor", "--json").stdout)}
-    assert found["torch"]["outcome"] == "ok"
-    assert found["config"]["outcome"] == "ok"
-    assert found["daemon"]["next"].startswith("systemctl start")
-    assert found["source"]["next"].startswith("daemon ingest")
-    path.write_text('[source]\npath = "nowhere.duckdb"\n[gate]\n[bot]\nname = "a b"\n')
-    ran = cli(path, "doctor")
-    assert ran.returncode == 1
-    assert "bot.name" in ran.stdout
-
-
-def test_a_mismatch_of_torch_and_torchvision_is_found_in_a_child_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from daemon import doctor
-
-    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found = doctor.torch()
-    assert found.outcome is doctor.Outcome.FAIL
-    assert "torchvision::nms" in found.message
-    assert "torch torchvision" in (found.next or "")
+def test_the_version_can_be_asked_for(path: Path) -> None:
+    assert cli(path, "--version").stdout.startswith("holdfast ")
 
 
 def test_ui_prints_where_a_remote_mlflow_is_and_a_taken_port(path: Path) -> None:

@@ -41,6 +41,43 @@ def test_who_watches_is_told_of_every_state_as_soon_as_it_is_reached(bot: Bot) -
     ]  # fmt: skip
 
 
+def test_what_a_training_says_people_should_know_is_shown_and_mlflow_has_the_adapters_own_shape(
+    bot: Bot, base: Path
+) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    other = make_bot_again(bot, base, lora__rank=8)
+    other.collect(lesson("flavours", FLAVOURS))
+    cycle = other.run()
+    words = report.cycle_report(other.store, cycle.id)["words"]
+    told = "Mind: lora.rank = 8 was not used: the champion's adapter continues with 4."
+    assert words.count(told) == 1
+    with other.registry._connection.use() as (client, experiment):
+        [run] = client.search_runs([experiment], f"tags.`holdfast.cycle` = '{cycle.id}'")
+    assert run.data.params["lora.rank"] == "4"
+    assert run.data.metrics["train/replay_rows"] == len(other.store.cycle_rows(cycle.id, "replay")) > 0
+
+
+def test_a_cycle_is_told_as_far_as_it_came(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    cycle, seen = bot.request(), {}
+    runner = bot.runner()
+
+    def watch(number: int, progress: Progress | None) -> None:
+        if progress is None:
+            state = bot.store.cycle(number).state  # type: ignore[union-attr]
+            seen[state] = report.cycle_report(bot.store, number)["words"]
+
+    runner.on_progress = watch
+    runner.run(cycle.id, Stop())
+    assert seen[State.SNAPSHOTTED][0] == "Cycle 1 is snapshotted."
+    assert any(line.startswith("It is to learn ") for line in seen[State.SNAPSHOTTED])
+    assert any(line.startswith("It learned ") for line in seen[State.TRAINED])
+    assert seen[State.DECIDED][0].startswith("Cycle 1: passed: "), "as MLflow keeps it"
+    assert seen[State.PROMOTED][0].startswith("Cycle 1 is promoted: passed: ")
+    assert "Scores: accuracy of colours." in seen[State.PROMOTED]
+
+
 def test_every_score_is_the_mean_of_stored_predictions(bot: Bot) -> None:
     two_promoted(bot)
     for score in bot.store.scores():

@@ -248,7 +248,7 @@ def test_an_erasure_in_the_middle_of_a_step_cancels_the_cycle_and_leaves_no_answ
 
     monkeypatch.setattr(place, erased_meanwhile)
     cycle = bot.run()
-    assert (cycle.state, cycle.reason) == (State.CANCELLED, "cancelled; its rows stay pending")
+    assert (cycle.state, cycle.reason) == (State.CANCELLED, "by erasure 1; its rows stay pending")
     erasure.finish(bot.settings, bot.store, bot.registry)
     promote.repair_alias(bot.store, bot.registry)
     assert audited(bot) == []

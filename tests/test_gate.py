@@ -38,6 +38,13 @@ def test_a_candidate_that_learned_and_kept_everything_passes() -> None:
     assert finding(verdict, "shipping") is Finding.GAINED
 
 
+def test_a_task_without_a_suite_is_told_as_one() -> None:
+    """It may have rows that are held out, only too few: "0 rows" would be wrong."""
+    verdict = judge([suite("billing (no suite yet)", [], [], new=True), LEARNED], LIMITS)
+    told = next(s.reason for s in verdict.suites if s.finding is Finding.TOO_FEW_ROWS)
+    assert told.endswith("has no say: fewer than gate.min_suite_rows = 8 of its rows are held out")
+
+
 def test_forgetting_beyond_the_limit_rejects_and_names_the_suite() -> None:
     verdict = judge([suite("billing", [1.0] * 40, [1.0] * 20 + [0.0] * 20), LEARNED], LIMITS)
     assert not verdict.passed

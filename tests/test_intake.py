@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -90,6 +91,16 @@ def test_a_bad_row_is_refused_with_its_reason(values: dict[str, object], reason:
     assert judged.detail.startswith("here: ")
     assert json.loads(judged.raw).keys() == {**GOOD, **values}.keys()
     judged.raw.encode()
+
+
+def test_an_answer_that_is_no_label_of_its_task_is_refused() -> None:
+    """Decoding could never give it, and in a suite it would be a point lost for ever."""
+    spec = SourceSpec(labels={"mood": frozenset({"good", "bad"})})
+    judged = validate(raw(task="Mood", answer="badd"), spec, source="s", now=NOW)
+    assert isinstance(judged, Rejected)
+    assert (judged.reason, "bad, good" in judged.detail) == ("unknown-label", True)
+    for task, answer in (("Mood", " Good "), ("billing", "badd")):
+        assert isinstance(validate(raw(task=task, answer=answer), spec, source="s", now=NOW), Row)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +322,8 @@ def test_reports_add_up() -> None:
     assert total == IntakeReport(
         read=5, accepted=1, known=1, rejected=3, superseded=3, quarantined={"empty-answer": 1, "too-long": 2}
     )
-    assert str(total) == "5 read, 1 new, 1 known, 3 superseded, 3 quarantined (1 empty-answer, 2 too-long)"
+    new = "1 empty-answer, 2 too-long"
+    assert str(total) == f"5 read, 1 new, 1 known, 3 superseded, 3 not accepted (new in quarantine: {new})"
 
 
 # -- from files ------------------------------------------------------------------------------------
@@ -432,6 +444,21 @@ def test_fifty_thousand_rows_cost_a_few_statements_not_one_a_row(
     report = pull(source(path), store, shares=SHARES)
     assert (report.read, report.accepted, report.rejected) == (50_000, 49_500, 500)
     assert statements < 60
+
+
+def test_what_other_labels_refused_is_read_again_when_they_change(store: Store, tmp_path: Path) -> None:
+    path = tmp_path / "qa.duckdb"
+    with duckdb.connect(str(path)) as db:
+        db.execute("CREATE TABLE qa (id INT, question TEXT, answer TEXT, task TEXT, told TIMESTAMP)")
+        db.execute("INSERT INTO qa VALUES (1, 'how is it', 'fine', 'mood', TIMESTAMP '2026-01-01')")
+        db.execute("INSERT INTO qa VALUES (2, 'how was it', 'good', 'mood', TIMESTAMP '2026-02-01')")
+    narrow = SourceSpec(path=path, columns=Columns(created_at="told"), labels={"mood": {"good"}})
+    wide = replace(narrow, labels={"mood": {"good", "fine"}})
+    sources = [DuckDBSource(spec, clock=lambda: NOW) for spec in (narrow, narrow, wide)]
+    pulls = [pull(source, store, shares=SHARES) for source in sources]
+    assert [report.read for report in pulls] == [2, 1, 2], "the first row is older than what is read again"
+    assert [report.quarantined for report in pulls] == [{"unknown-label": 1}, {}, {}]
+    assert (pulls[2].accepted, store.quarantine_counts()) == (1, {"unknown-label": 1})
 
 
 def test_a_kill_between_cursor_and_columns_does_not_leave_one_without_the_other(

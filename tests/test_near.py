@@ -180,7 +180,7 @@ def test_a_cycle_says_what_it_kept_out(bot: Bot) -> None:
     bot.collect(near)
     cycle = bot.run()
     told = "\n".join(report.explain(report.cycle_report(bot.store, cycle.id)))
-    assert "4 quarantined (4 near-duplicate)" in told
+    assert "4 not accepted (new in quarantine: 4 near-duplicate)" in told
     (published,) = bot.settings.state_dir.rglob("verdict.md")
     assert "4 near-duplicate" in published.read_text()
     learned = {found.question for found in bot.store.rows_by_hash(bot.store.cycle_rows(cycle.id, "train"))}

@@ -19,11 +19,13 @@ import duckdb
 import pytest
 
 from daemon import access, config, service, statedir
+from daemon.base import prepare_base
+from daemon.executor import Stop
 from daemon.notify import Notifier
 from daemon.service import STOP_SECONDS, WORKER_STOP_SECONDS
 from storage.errors import ControlError, StoreError
 from storage.store import Store
-from tests.bots import COLOURS, FLAVOURS, collect, lesson, write_config
+from tests.bots import COLOURS, FLAVOURS, collect, lesson, make_bot, write_config
 from tests.daemons import (
     SECONDS,
     DaemonProcess,
@@ -34,6 +36,7 @@ from tests.daemons import (
     read_json,
     training_step,
 )
+from tests.toys import tiny_base
 
 QUICK = STOP_SECONDS + 5  # a stop without a worker; the rest is room for a loaded machine
 
@@ -197,6 +200,26 @@ def test_sighup_with_a_bad_config_keeps_the_old_one_and_says_why(
     edit(idle.config_path, new, old)
     idle.signal(signal.SIGHUP)
     idle.until(lambda told: told["daemon"]["config_problem"] is None)
+
+
+def test_sighup_with_another_base_than_the_champions_keeps_the_old_one(tmp_path: Path, base: Path) -> None:
+    """Where it is known to be another; what was never made ready is for the next cycle to tell."""
+    bot = make_bot(tmp_path, base)
+    bot.collect(lesson("colours"))
+    bot.run()
+    path, other = tmp_path / "config.toml", tiny_base(tmp_path / "other", seed=1)
+    made = service.Service(path, bot.settings, bot.store, Notifier.from_environment(), queue.SimpleQueue())
+    try:
+        edit(path, str(base), str(other))
+        prepare_base(config.load(path), bot.executor, lambda progress: None, Stop())
+        made._reload()
+        assert "is not the base of champion version 1" in (made._config_problem or "")
+        assert made._daemon.settings.model.base == str(base)
+        edit(path, str(other), str(base))
+        made._reload()
+        assert made._config_problem is None
+    finally:
+        made._control.close()
 
 
 def test_sighup_on_a_full_disk_ends_nothing(idle: DaemonProcess) -> None:

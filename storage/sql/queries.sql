@@ -161,6 +161,9 @@ SELECT * FROM cycles WHERE finished_at IS NULL ORDER BY id;
 -- name: cycles
 SELECT * FROM cycles ORDER BY id DESC LIMIT $limit;
 
+-- name: last_ended
+SELECT * FROM cycles WHERE finished_at IS NOT NULL ORDER BY finished_at DESC, id DESC LIMIT 1;
+
 -- name: cycles_with
 SELECT * FROM cycles WHERE snapshot = $snapshot ORDER BY id DESC;
 
