@@ -206,12 +206,15 @@ def test_tasks_count_alike_and_of_equals_the_first_is_chosen() -> None:
     one, two, three = trial("replay", 1.0, 0.5), trial("ewc", 0.9, 0.6), trial("si", 0.8, 0.6)
     assert best([one, two, three]) is one
     assert best([three, two, one]) is two
+    summed = trial("replay", 0.3, 0.2, 0.1), trial("ewc", 0.1, 0.2, 0.3)  # equal but for the last bit
+    assert best(summed) is summed[0]
 
 
 def test_a_budget_is_for_all_trainings_together() -> None:
     assert affordable([], 1)
     assert affordable([60.0, 60.0], 3)
     assert not affordable([60.0, 61.0], 3)
+    assert not affordable([100.0, 10.0], 2), "the next one may take as long as the longest"
 
 
 def test_the_reason_has_every_number() -> None:

@@ -104,6 +104,14 @@ def test_a_label_from_the_future_does_not_win_for_ever(store: Store) -> None:
     assert counting(store) == ["ten"]
 
 
+def test_a_clock_that_is_less_than_a_day_ahead_is_believed_and_no_other(store: Store) -> None:
+    """It is the 60th day's eve: in another time zone that day may have come."""
+    tell(store, row("ten", 60), row("nine", 59))
+    assert counting(store) == ["ten"], "nine is the older answer, though it came later"
+    tell(store, row("eleven", 61), row("twelve", 60))
+    assert counting(store) == ["twelve"], "the 61st is not yet, so that eleven has no time"
+
+
 @pytest.mark.parametrize("days", [(1, 2, 3, 4), (None, None, None, None)])
 @pytest.mark.parametrize("id", ["", "the same for all"])
 def test_an_answer_that_comes_back_counts_again(store: Store, days: tuple[int | None, ...], id: str) -> None:
@@ -131,6 +139,17 @@ def test_an_answer_given_again_later_is_as_new_as_its_newest_label(store: Store)
     assert counting(store) == ["ten"]
 
 
+def test_an_answer_that_comes_back_without_a_time_is_the_later_arrival(store: Store) -> None:
+    tell(store, row("nine", 1), row("ten", 2), row("nine", id="by hand"))
+    assert counting(store) == ["nine"]
+
+
+def test_an_old_copy_of_the_newest_answer_does_not_make_it_old(store: Store) -> None:
+    tell(store, row("nine", 5), row("ten", 3), on_conflict="both")
+    tell(store, row("nine", 2, id="an old copy"))
+    assert counting(store) == ["nine"]
+
+
 def test_within_one_batch_only_the_outcome_is_told(store: Store) -> None:
     batch = [row("nine", id="1"), row("ten", id="2"), row("nine", id="3")]
     told = store.accept(batch, "inbox")
@@ -139,6 +158,26 @@ def test_within_one_batch_only_the_outcome_is_told(store: Store) -> None:
     assert [(line.row_hash, line.by_hash) for line in store.supersessions()] == [
         (batch[1].hash, batch[0].hash)
     ]
+
+
+def test_what_an_id_said_last_within_a_batch_is_what_it_said_last(store: Store) -> None:
+    """A row that is edited and edited back between two reads, and then once more."""
+    store.accept([row("nine", id="7"), row("ten", id="7"), row("nine", id="7")], "inbox")
+    assert counting(store) == ["nine"]
+    before = everything(store)
+    tell(store, row("nine", id="7"))
+    assert everything(store) == before
+    tell(store, row("ten", id="7"))
+    assert counting(store) == ["ten"]
+
+
+def test_an_answer_is_as_new_as_its_newest_label_also_when_the_batch_told_an_older_one_last(
+    store: Store,
+) -> None:
+    store.accept([row("nine", 5, id="7"), row("ten", id="7"), row("nine", 2, id="7")], "inbox")
+    assert counting(store) == ["nine"]
+    tell(store, row("eleven", 3))
+    assert counting(store) == ["nine"]
 
 
 def test_another_question_context_or_task_is_no_conflict(store: Store) -> None:
@@ -303,6 +342,13 @@ def test_with_quarantine_the_first_answer_counts_and_the_other_is_refused_by_nam
         "contradiction", "the answer on record is 'nine', of row '7' from inbox",
     )  # fmt: skip
     assert store.supersessions() == []
+
+
+def test_a_refusal_names_the_answer_that_counts_and_not_the_first_one(store: Store) -> None:
+    tell(store, row("nine", 1), row("ten", 2))
+    tell(store, row("eleven", 3), on_conflict="quarantine")
+    (refused,) = store.quarantined()
+    assert refused.detail.startswith("the answer on record is 'ten'")
 
 
 def test_with_both_each_answer_counts_and_is_trained_on(store: Store) -> None:

@@ -1,5 +1,6 @@
 """The cycle with everything real but the process boundary: every ending, every restart."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -102,6 +103,17 @@ def test_without_new_rows_there_is_nothing_to_do(bot: Bot) -> None:
     assert bot.executor.calls.count("train") == 1
 
 
+def test_as_many_rows_as_are_wanted_are_enough_and_fewer_stay_pending(bot: Bot, base: Path) -> None:
+    patient = make_bot_again(bot, base, training__min_rows=16)
+    patient.collect(lesson("colours", train=15))
+    cycle = patient.run()
+    assert cycle.state is State.NOTHING
+    assert "15 new training rows, training.min_rows is 16" in (cycle.reason or "")
+    patient.collect([("late", "colours", "which one is colours 99", "red", "train")])
+    assert patient.run().state is State.PROMOTED
+    patient.store.close()
+
+
 def test_rows_without_any_suite_are_trained_on_and_rejected_in_mlflow_too(bot: Bot) -> None:
     bot.collect(lesson("colours", suite=0))
     cycle = bot.run()
@@ -158,6 +170,16 @@ def test_without_thresholds_nothing_is_promoted(tmp_path: Path, base: Path) -> N
     assert "without thresholds nothing is promoted" in (cycle.reason or "")
     assert bot.registry.alias("champion") is None
     bot.store.close()
+
+
+def test_a_cycle_is_judged_by_the_thresholds_that_it_began_with(bot: Bot, base: Path) -> None:
+    bot.collect(lesson("colours"))
+    cycle, stop = bot.request(), Stop()
+    bot.executor.after = lambda stage: stop.request("shutdown") if stage == "train" else None
+    with pytest.raises(Interrupted):
+        bot.run(cycle, stop)
+    strict = make_bot_again(bot, base, gate__min_gain=1.0)
+    assert strict.run(cycle).state is State.PROMOTED
 
 
 STAGES = [State.REQUESTED, State.PULLED, State.SNAPSHOTTED, State.TRAINED, State.EVALUATED, State.DECIDED]
@@ -309,6 +331,52 @@ def tamper(bot: Bot) -> None:
         path.write_bytes(bytes(data))
 
 
+def test_a_suite_that_changed_in_the_store_stops_the_cycle_before_the_exam(bot: Bot) -> None:
+    """The copy in the snapshot is whole: it is the scores' own rows that would say something else."""
+    bot.collect(lesson("colours"))
+
+    def change(stage: str) -> None:
+        if stage == "train":
+            bot.store._db.script("UPDATE rows SET answer = upper(answer) WHERE split = 'suite'")
+
+    bot.executor.after = change
+    cycle = bot.run()
+    assert cycle.state is State.FAILED
+    assert "suite colours@v1 in the store is not the one that was frozen" in (cycle.reason or "")
+    assert "evaluate" not in bot.executor.calls
+
+
+def test_an_adapter_that_was_damaged_after_its_training_sits_no_exam(bot: Bot) -> None:
+    """One bit in a weight: it would load, and answer."""
+    bot.collect(lesson("colours"))
+
+    def damage(stage: str) -> None:
+        if stage == "train":
+            adapter = bot.settings.state_dir / "cycles/1/train/adapter/adapter_model.safetensors"
+            weights = bytearray(adapter.read_bytes())
+            weights[-1] ^= 1
+            adapter.write_bytes(weights)
+
+    bot.executor.after = damage
+    cycle = bot.run()
+    assert cycle.state is State.FAILED
+    assert "adapter_model.safetensors was changed" in (cycle.reason or "")
+    assert "evaluate" not in bot.executor.calls
+
+
+def test_a_full_disk_fails_the_cycle_with_the_remedy(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+
+    def fill(stage: str) -> None:
+        if stage == "train":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    bot.executor.before = fill
+    cycle = bot.run()
+    assert cycle.state is State.FAILED
+    assert "No space left on device; free space or fix the permissions" in (cycle.reason or "")
+
+
 def test_a_damaged_champion_adapter_stops_the_next_cycle(bot: Bot) -> None:
     bot.collect(lesson("colours"))
     bot.run()
@@ -381,6 +449,8 @@ def test_a_champion_changed_by_hand_in_mid_cycle_is_not_overwritten(bot: Bot) ->
     assert cycle.state is State.REJECTED
     assert "meanwhile" in (cycle.reason or "")
     assert bot.registry.alias("champion") == 1
+    tags = bot.registry._connection.client().get_model_version("test-bot", str(cycle.version)).tags
+    assert (tags["holdfast.verdict"], tags["holdfast.reason"]) == ("rejected", cycle.reason)
 
 
 def test_an_alias_lost_in_the_registry_is_repaired_from_the_store(bot: Bot) -> None:
@@ -416,9 +486,27 @@ def test_a_suite_that_grew_enough_becomes_a_new_version_with_the_old_rows_in_it(
 
 def test_a_cycle_is_explained_in_words(bot: Bot) -> None:
     bot.collect(lesson("colours"))
-    bot.run()
+    cycle = bot.run()
     told = report.cycle_report(bot.store, 1)
     json.dumps(told)
     text = "\n".join(report.explain(told))
     assert "Cycle 1 is promoted" in text
     assert "colours@v1 went from" in text
+    (line,) = bot.store.promotions()
+    assert (line.kind, line.why) == ("gate", cycle.reason)
+
+
+def test_a_cycle_that_made_nothing_is_not_taken_for_the_base_that_somebody_went_back_to(bot: Bot) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    promote.rollback(bot.store, bot.registry, "ann", "rude")
+    bot.collect(lesson("flavours", FLAVOURS))
+
+    def fail(stage: str) -> None:
+        if stage == "train":
+            raise StageError("the train stage took longer than 240 minutes and was stopped")
+
+    bot.executor.before = fail
+    assert scheduled(bot).state is State.FAILED
+    bot.executor.before = lambda stage: None
+    assert scheduled(bot).state is State.PROMOTED

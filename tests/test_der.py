@@ -9,8 +9,12 @@ import torch
 from storage.errors import IntegrityError
 from strategies import der
 from strategies.contract import StrategySpec, TrainReport, result_files
+from strategies.der import Der
 from strategies.distill import Opinion, opinion
+from strategies.experience import LanguageExperience
+from strategies.replay import Replay
 from strategies.replay_memory import memory_hashes
+from tests import trainings
 from tests.trainings import adapter_bytes, job, lesson, run, snapshot
 
 DER = StrategySpec(methods=("replay", "der"), replay_ratio=1.0, replay_size=10)
@@ -52,6 +56,31 @@ def test_damaged_opinions_are_an_integrity_error(tmp_path: Path, damage: str) ->
     path.write_bytes(damaged)
     with pytest.raises(IntegrityError, match="daemon doctor"):
         der.load(path)
+
+
+def test_opinions_whose_parts_do_not_fit_together_are_an_integrity_error(tmp_path: Path) -> None:
+    narrow = {row: replace(each, logprobs=each.logprobs[:, 1:]) for row, each in told(3, 1).items()}
+    der.save(narrow, tmp_path / "der.safetensors")
+    with pytest.raises(IntegrityError, match="do not fit together"):
+        der.load(tmp_path / "der.safetensors")
+
+
+def test_an_opinion_is_that_of_the_trained_model_right_answers_and_all(base: Path, tmp_path: Path) -> None:
+    """Also of a row that is learned once more: what was thought of it before is no opinion to hold on to."""
+    method = Der(DER, seed=0)
+    learner = trainings.learner(base, tmp_path, [Replay(DER, seed=0), method])
+    new = trainings.experience(learner, lesson("a", 4)).new
+    nothing = torch.zeros(len(new[0].answer_ids), len(learner.base.prompter.tokenizer))
+    method.opinions = {new[0].row_hash: opinion(nothing)}
+    learner.train(LanguageExperience(new=new), eval_streams=[])
+    learner.model.eval()
+    assert method.opinions.keys() == {row.row_hash for row in new}
+    for row in new:
+        logits = learner.model(input_ids=torch.tensor([[*row.prompt_ids, *row.answer_ids]])).logits[0]
+        whole = opinion(logits[len(row.prompt_ids) - 1 : -1].detach())
+        torch.testing.assert_close(
+            method.opinions[row.row_hash].logprobs, whole.logprobs, atol=1e-4, rtol=1e-4
+        )
 
 
 def opinions(out: Path) -> dict[str, Opinion]:

@@ -69,6 +69,14 @@ def test_everything_not_kept_is_one_outcome(monkeypatch: pytest.MonkeyPatch) -> 
     assert float(shifted) == pytest.approx(float(found), rel=1e-5), "nothing is known inside the rest"
 
 
+def test_a_rest_that_is_hardly_likely_counts_as_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A champion that is sure: (600, 398, 2)/1000 against (3, 3, 4)/10."""
+    monkeypatch.setattr(distill, "KEPT", 2)
+    by_hand = 0.6 * math.log(6 / 3) + 0.398 * math.log(0.398 / 0.3) + 0.002 * math.log(0.002 / 0.4)
+    found = divergence(odds(3, 3, 1, 3), opinion(odds(600, 398, 1, 1)))
+    assert float(found) == pytest.approx(T**2 * by_hand, rel=1e-4)
+
+
 @pytest.mark.parametrize("words", [20, 100])
 def test_the_same_logits_cost_nothing_and_others_something(words: int) -> None:
     told = opinion(logits(3, words))

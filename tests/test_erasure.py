@@ -448,6 +448,18 @@ def test_a_rollback_passes_over_who_learned_what_was_erased(bot: Bot) -> None:
     assert audited(bot) == []
 
 
+def test_where_every_champion_before_learned_it_a_rollback_says_so(bot: Bot) -> None:
+    """Not to the base: nobody who asked for a rollback meant to lose all that was ever learned."""
+    for version in (3, 2, 1):
+        promote.rollback(bot.store, bot.registry, "ann", f"not {version}")
+    for version in (2, 1):
+        promote.manual(bot.store, bot.registry, version, "ann", "on second thoughts")
+    erase(bot, row="s-train")
+    with pytest.raises(ControlError, match="every champion before this one learned a row that was erased"):
+        promote.rollback(bot.store, bot.registry, "ann", "1 is rude, too")
+    assert champion(bot) == 1
+
+
 def test_a_suite_that_lost_its_first_rows_is_still_in_the_matrix(tmp_path: Path, base: Path) -> None:
     bot = make_bot(tmp_path, base, evaluation__suite_growth=0.1)
     bot.collect(lesson("colours"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from storage.errors import IntegrityError, NonFiniteLoss
@@ -183,6 +184,22 @@ def test_a_penalty_survives_its_file_to_the_last_bit(tmp_path: Path) -> None:
     assert torch.equal(restored.curvature["w"], total.curvature["w"])
     assert torch.equal(restored.centre["w"], total.centre["w"])
     assert restored.constant == total.constant
+
+
+def test_a_faded_penalty_is_so_much_of_what_it_was() -> None:
+    total = merged(quadratics(7))
+    theta = {"w": torch.randn(4, 5, generator=torch.Generator().manual_seed(3))}
+    assert total.constant > 0
+    assert total.faded(0.25).at(theta).item() == pytest.approx(0.25 * total.at(theta).item())
+
+
+def test_a_state_of_another_format_is_an_integrity_error(tmp_path: Path) -> None:
+    """The first one's curvature was not relative: taken up, it would hold everything or nothing."""
+    path = tmp_path / "ewc.safetensors"
+    quadratic.save(merged(quadratics(2)), path)
+    save_file(load_file(path), path, metadata={"format": "1"})
+    with pytest.raises(IntegrityError, match="not of format 2"):
+        quadratic.load(path)
 
 
 def test_a_damaged_state_is_an_integrity_error(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def take_all(
         ({"id": "\udcff"}, "invalid-utf8"),
         ({"question": "a\0b"}, "invalid-text"),
         ({"question": "x" * 1_000_001}, "too-long"),
+        ({"context": "x" * 1_000_001}, "too-long"),
         ({"task": "t" * 101}, "too-long"),
         ({"split": "holdout-ish"}, "unknown-split"),
         ({"split": 3}, "unknown-split"),
@@ -127,9 +128,27 @@ def test_a_row_without_a_task_belongs_to_the_default_task() -> None:
     assert accepted(task=" two \n words ").task == "two words"
 
 
+def test_a_task_may_have_a_hundred_characters_not_counting_surplus_white_space() -> None:
+    assert accepted(task="t" * 100).task == "t" * 100
+    assert accepted(task="two" + " " * 200 + "words").task == "two words"
+
+
+@pytest.mark.parametrize("text", ["👍", "???", "…"])
+def test_signs_say_something_too(text: str) -> None:
+    row = accepted(question=text, answer=text)
+    assert (row.question, row.answer) == (text, text)
+
+
 @pytest.mark.parametrize(
     ("name", "split"),
-    [("train", Split.TRAIN), (" TEST ", Split.SUITE), ("dev", Split.VALIDATION), ("", None), (None, None)],
+    [
+        ("train", Split.TRAIN),
+        (" TEST ", Split.SUITE),
+        ("dev", Split.VALIDATION),
+        ("", None),
+        (" ", None),
+        (None, None),
+    ],
 )
 def test_splits_go_by_the_names_collectors_use(name: str | None, split: Split | None) -> None:
     assert accepted(split=name).split == split
@@ -141,6 +160,7 @@ def test_splits_go_by_the_names_collectors_use(name: str | None, split: Split | 
         ("2026-01-02T03:04:05+02:00", datetime(2026, 1, 2, 1, 4, 5)),
         ("2026-01-02", datetime(2026, 1, 2)),
         (datetime(2026, 1, 2).date(), datetime(2026, 1, 2)),
+        ("0001-01-01T00:00:00+11:00", None),  # in UTC the year before the first
         ("yesterday", None),
         (17, None),
     ],
@@ -161,6 +181,7 @@ def test_a_row_that_takes_too_many_tokens_is_refused_with_the_number() -> None:
     assert judged.reason == "too-long"
     assert "51 tokens; model.max_tokens is 50" in judged.detail
     assert asked == [("About cards.\nHow do I pay?", "By card.")]
+    assert isinstance(judge(raw(), count, 51), Row), "it may be as long as that"
 
 
 def test_the_same_bad_row_from_another_place_has_the_same_identity() -> None:
@@ -178,6 +199,12 @@ def test_what_the_quarantine_keeps_is_bounded_but_its_identity_is_not() -> None:
     assert isinstance(other, Rejected)
     assert len(one.raw) < 5_000
     assert one.hash != other.hash
+    whole, cut = (judge(raw(question=None, answer="x" * size, id="i" * size)) for size in (4_000, 4_001))
+    assert isinstance(whole, Rejected)
+    assert isinstance(cut, Rejected)
+    assert json.loads(whole.raw)["answer"] == "x" * 4_000
+    assert json.loads(cut.raw)["answer"] == "x" * 4_000 + "… (4001 characters)"
+    assert whole.id == "i" * 200
 
 
 ANYTHING = st.recursive(

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from daemon import operations, promote, report
-from storage.errors import ConfigError, RegistryError, RegistryUnavailable
+from daemon import experience, operations, promote, report
+from storage.errors import ConfigError, RegistryError, RegistryUnavailable, StageError
 from storage.records import State
 from storage.registry import Registry
 from strategies.contract import EvaluateJob, TaskKind, TrainJob, TrainReport
@@ -73,6 +73,43 @@ def test_a_cancel_while_a_verdict_waits_for_mlflow_leaves_the_old_champion(bot: 
     assert champions(bot) == [(1, "gate")]
     assert bot.registry.alias("champion") == 1
     assert {row.task for row in bot.store.pending(bot.store.lineage(1))} == {"flavours"}
+    night = bot.run(bot.store.request_cycle("schedule", "schedule"))
+    assert night.state is State.PROMOTED, "the gate never refused these rows"
+
+
+def test_a_cancel_while_mlflow_takes_the_version_leaves_the_old_champion(
+    bot: Bot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bot.collect(lesson("colours"))
+    bot.run()
+    bot.collect(lesson("flavours", FLAVOURS))
+    cycle, log_stream = bot.request(), bot.registry.log_stream
+
+    def cancelled_meanwhile(*args: Any, **kwargs: Any) -> None:
+        bot.store.event("cancel", cycle.id, by="ana")
+        log_stream(*args, **kwargs)
+
+    monkeypatch.setattr(bot.registry, "log_stream", cancelled_meanwhile)
+    assert bot.run(cycle).state is State.CANCELLED
+    assert champions(bot) == [(1, "gate")]
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+def test_a_failed_cycle_is_in_mlflow_and_has_failed_without_it_too(bot: Bot, is_away: bool) -> None:
+    bot.collect(lesson("colours"))
+    took_too_long = StageError("the train stage took longer than 240 minutes and was stopped")
+    cycle = bot.request()
+
+    def fail(stage: str) -> None:
+        if stage == "train":
+            raise took_too_long
+
+    bot.executor.before = fail
+    with away(bot, "log_failure") if is_away else nullcontext():
+        assert bot.run(cycle).state is State.FAILED
+    if not is_away:
+        run = published(bot.registry, cycle.id)
+        assert (run.info.status, run.data.tags["holdfast.reason"]) == ("FAILED", str(took_too_long))
 
 
 def test_a_version_promoted_by_hand_before_the_gate_came_to_it_has_one_line(bot: Bot) -> None:
@@ -283,6 +320,25 @@ def test_a_task_whose_answers_stop_being_a_closed_set_is_answered_freely(bot: Bo
     bot.run()
     assert bot.store.tasks()[0].kind == TaskKind.FREE
     assert [e.detail["now"] for e in bot.store.events() if e.kind == "task-kind"] == ["free"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "distinct", "longest", "was_labels", "kind"),
+    [
+        (6, 2, 4, False, TaskKind.LABELS),
+        (5, 2, 4, False, TaskKind.FREE),  # not every answer three times
+        (4, 2, 4, True, TaskKind.LABELS),  # twice is enough to stay one
+        (3, 2, 4, True, TaskKind.FREE),
+        (6, 2, 5, False, TaskKind.FREE),  # a sentence
+        (9, 1, 1, False, TaskKind.FREE),  # one answer is no choice
+        (900, 300, 1, False, TaskKind.LABELS),
+        (903, 301, 1, False, TaskKind.FREE),
+    ],
+)
+def test_answers_are_a_closed_set_when_they_are_few_short_and_keep_coming_back(
+    rows: int, distinct: int, longest: int, was_labels: bool, kind: TaskKind
+) -> None:
+    assert experience.infer_kind(rows, distinct, longest, was_labels=was_labels) is kind
 
 
 def test_labels_come_from_rows_that_can_be_learned(bot: Bot) -> None:

@@ -47,6 +47,7 @@ def test_forward_transfer_compares_with_the_base_just_before_a_task_is_learned()
 
 def test_intransigence_compares_with_joint_training() -> None:
     assert metrics.intransigence(R, WHEN, [0.9, 0.9, 0.9]) == pytest.approx((0.1 + 0.0 - 0.1) / 3)
+    assert metrics.intransigence(R, WHEN, [1.0, 0.9, 1.0]) == pytest.approx(0.2 / 3), "above 0: a price"
 
 
 def test_tasks_may_come_together_and_columns_in_any_order() -> None:

@@ -121,6 +121,16 @@ def test_without_a_split_of_its_own_a_near_duplicate_goes_where_the_other_is(sto
     assert {found[0] for found in splits.values()} == {*Split}
 
 
+def test_of_several_near_duplicates_the_first_decides_where_the_next_goes(store: Store) -> None:
+    rows = [row("is my card here", Split.TRAIN), row("here is my card", Split.VALIDATION)]
+    assert store.accept([*rows, row("my card is here")], "inbox", shares=SHARES).accepted == 3
+    assert [found.question for found in store.task_rows("t", Split.TRAIN)] == [
+        "is my card here", "my card is here",
+    ]  # fmt: skip
+    watched = store.task_rows("t", Split.VALIDATION)
+    assert [found.question for found in watched] == ["here is my card"], "as it asked to"
+
+
 def test_the_same_question_about_another_context_is_another_question(store: Store) -> None:
     store.accept([row("who is he", Split.SUITE, context="Ann met Bob.")], "inbox")
     other = row("is he who", Split.TRAIN, context="Cid met Dan.")

@@ -113,6 +113,7 @@ def test_the_memory_is_at_most_a_share_of_all_rows_seen() -> None:
     memory = after(memory, rows("b", 300), Room(rows=1000, share=0.05), "balanced")
     assert (sizes(memory), memory.seen) == ({"a": 5, "b": 15}, 400)  # what was let go does not come back
     assert len(after(memory, rows("c", 300), Room(rows=12, share=0.05), "balanced")) == 12
+    assert len(remember(rows("a", 30), size=1000, share=0.05)) == 1, "of one row and a half"
 
 
 def test_a_reservoir_that_grows_with_a_share_has_some_rows_less_of_the_oldest() -> None:
@@ -167,6 +168,13 @@ def test_a_task_that_is_retained_rests_twice_as_long_and_a_forgotten_one_is_due(
     assert respaced(measured(memory, {"a": 1.0, "b": 0.0})).spacing["a"] == Spacing()
 
 
+def test_a_task_is_forgotten_by_the_mean_of_its_rows_and_not_by_one_of_them() -> None:
+    memory = respaced(remember(rows("a", 4), size=4))
+    memory = memory.measured(dict.fromkeys(memory.hashes, 1.0))
+    one = memory.measured({memory.hashes[0]: 1.0 + 3 * FORGOTTEN})
+    assert respaced(one).spacing["a"] == Spacing(interval=2, wait=2)
+
+
 def test_only_tasks_that_are_due_are_rehearsed_and_cost_time() -> None:
     memory = remember(rows("a", 10), rows("b", 10), rows("c", 10), size=30)
     assert len(draw_due(memory, 12, 0, 0)) == 12
@@ -194,6 +202,7 @@ def test_when_there_is_no_room_for_every_answer_the_seed_decides() -> None:
 def test_rows_that_are_gone_were_not_seen() -> None:
     memory = remember(rows("a", 10), size=10)
     assert memory.only(memory.hashes[:7]).seen == 7
+    assert memory.only([]).tasks == {}, "no task without rows"
 
 
 @pytest.mark.parametrize("policy", ["hardest", "spaced"])
@@ -219,6 +228,8 @@ def test_policies_that_ask_what_was_forgotten_measure_it(base: Path, tmp_path: P
 
 def test_a_row_that_is_seen_again_is_remembered_once() -> None:
     assert sizes(remember(rows("a", 10), rows("a", 10), size=60)) == {"a": 10}
+    memory = remember(rows("a", 1), size=9).measured({"a0000": 1.0})
+    assert after(memory, rows("a", 1), Room(rows=9), "balanced").trace("a0000").learned == 1.0
 
 
 def test_an_epoch_rehearses_all_tasks_equally_and_no_row_twice() -> None:
@@ -299,7 +310,10 @@ def test_a_memory_of_before_is_read_as_one_that_nobody_ranked(tmp_path: Path) ->
     assert replay_memory.load(tmp_path) == Memory(seed=0, seen=1, tasks={"a": {"h": Trace(answer="x")}})
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1, "seed": 0, "tasks": {}}', '{"format": 2}'])
+LATER = '{"format": 5, "seed": 0, "seen": 0, "tasks": {}, "spacing": {}}'
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1, "seed": 0, "tasks": {}}', '{"format": 2}', LATER])
 def test_a_damaged_memory_is_an_integrity_error(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)
     with pytest.raises(IntegrityError, match="daemon doctor"):
@@ -439,6 +453,7 @@ def test_that_an_answer_is_shared_is_remembered_when_the_others_are_gone() -> No
     assert sorted(trace.is_shared for trace in fewer.tasks["a"].values()) == [False, True]
     elsewhere = after(fewer, rows("b", 1, "y"), Room(rows=9), "balanced")
     assert not elsewhere.trace("by0000").is_shared
+    assert sorted(trace.is_shared for trace in elsewhere.tasks["a"].values()) == [False, True]
 
 
 def test_rows_that_were_erased_are_forgotten_and_that_is_said(base: Path, tmp_path: Path) -> None:

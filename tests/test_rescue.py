@@ -447,6 +447,42 @@ def test_an_adapter_that_did_not_grow_out_of_the_champion_is_not_blended(
     assert (following.kind if following else None) == next_kind
 
 
+def test_each_attempt_is_made_of_the_training_before_it_and_protects_more_than_that() -> None:
+    now, limits = datetime(2026, 1, 1), rescue.Limits(attempts=5, minutes=60)
+    strategy, tried = StrategySpec(methods=("replay",), replay_ratio=0.5), [plain(now)]
+    while following := rescue.following(tried, forgotten(), limits, strategy, 1, now):
+        tried.append(following)
+    assert [(made.kind, made.source) for made in tried] == [
+        ("train", None), ("blend", 1), ("protect", 1), ("blend", 3), ("protect", 3), ("blend", 5),
+    ]  # fmt: skip
+    ratios = [rescue.strategy_of(made, strategy).replay_ratio for made in tried]
+    assert ratios == [0.5, 0.5, 1.0, 1.0, 2.0, 2.0]
+
+
+def test_neither_a_first_cycle_nor_what_passed_is_rescued() -> None:
+    now, limits, strategy = datetime(2026, 1, 1), rescue.Limits(attempts=3, minutes=60), StrategySpec()
+    assert rescue.following([plain(now)], forgotten(), limits, strategy, None, now) is None
+    blend = rescue.following([plain(now)], forgotten(), limits, strategy, 1, now)
+    assert blend is not None
+    passed = replace(forgotten(), passed=True)
+    assert rescue.following([plain(now), blend], passed, limits, strategy, 1, now) is None
+    assert rescue.concluded([plain(now), blend]) == plain(now), "what training made, when none passed"
+
+
+def test_the_time_is_for_all_attempts_together() -> None:
+    began, limits = datetime(2026, 1, 1), rescue.Limits(attempts=9, minutes=60)
+    late = replace(plain(began), number=3, created_at=began + timedelta(minutes=59))
+    tried = [plain(began - timedelta(hours=9)), plain(began), late]
+    assert not rescue.is_over(tried[:1], limits, began), "the plain training has a time of its own"
+    assert not rescue.is_over(tried, limits, began + timedelta(minutes=60))
+    assert rescue.is_over(tried, limits, began + timedelta(minutes=61))
+
+
+def test_a_snapshot_from_before_there_were_rescues_allows_none() -> None:
+    old = snapshots.Snapshot(id="0" * 16, path=Path("unused"), info={"meta": {}})
+    assert rescue.Limits.of(old) == rescue.Limits(attempts=0, minutes=0)
+
+
 @pytest.mark.parametrize(("attempts", "cut_short"), [(1, False), (2, True)])
 def test_time_ends_a_rescue_only_where_an_attempt_was_left(attempts: int, cut_short: bool) -> None:
     """The daemon was off between the last exam and its verdict, until long after."""

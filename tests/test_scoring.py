@@ -19,6 +19,7 @@ from strategies.contract import Metric
         ("the Carolina Panthers", "Denver Broncos", 0.0, 0.0),
         ("Santa Clara, California", "Santa Clara", 0.0, 0.8),
         ("gold gold", "gold", 0.0, 2 / 3),  # repeated words count once each
+        ("gold gold coins", "gold gold rings", 0.0, 2 / 3),
         ("", "gold", 0.0, 0.0),
         ("gold", "", 0.0, 0.0),
         ("", "", 1.0, 1.0),

@@ -254,12 +254,25 @@ def test_a_tampered_snapshot_is_not_loaded(tmp_path: Path, file: str) -> None:
         snapshots.load(path)
 
 
-def test_a_forged_manifest_does_not_help(tmp_path: Path) -> None:
+@pytest.mark.parametrize("field", ["hash", "id", "task", "context", "question", "answer", "split", "order"])
+def test_a_forged_manifest_does_not_help(tmp_path: Path, field: str) -> None:
     path = write(tmp_path).path
     rows = read_rows(path / "suites" / "1.parquet")
-    write_rows(path / "suites" / "1.parquet", [replace(rows[0], answer="no"), *rows[1:]])
+    forged = rows[::-1] if field == "order" else [replace(rows[0], **{field: "no"}), *rows[1:]]
+    write_rows(path / "suites" / "1.parquet", forged)
     write_manifest(path)
     with pytest.raises(IntegrityError, match="other content than its name says"):
+        snapshots.load(path)
+
+
+def test_a_snapshot_under_another_name_or_with_another_file_in_it_is_not_loaded(tmp_path: Path) -> None:
+    path = write(tmp_path).path
+    moved = path.rename(tmp_path / ("0" * 16))
+    with pytest.raises(IntegrityError, match="other content than its name says"):
+        snapshots.load(moved)
+    moved.rename(path)
+    (path / "extra.parquet").write_bytes(b"")
+    with pytest.raises(IntegrityError, match=r"extra\.parquet does not belong there"):
         snapshots.load(path)
 
 
@@ -290,7 +303,8 @@ def test_a_question_of_a_suite_never_gets_into_training(tmp_path: Path, change: 
 def test_the_suite_hash_covers_exact_texts_and_no_order(tmp_path: Path) -> None:
     one, two = stored("s", split=Split.SUITE), stored("t", split=Split.SUITE)
     assert snapshots.suite_hash([one, two]) == snapshots.suite_hash([two, one])
-    assert snapshots.suite_hash([one]) != snapshots.suite_hash([replace(one, question="S")])
+    for field in ("task", "context", "question", "answer"):
+        assert snapshots.suite_hash([one]) != snapshots.suite_hash([replace(one, **{field: "S"})]), field
     assert snapshots.suite_hash([one]) != snapshots.suite_hash([one, two])
 
 

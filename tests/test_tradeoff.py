@@ -36,6 +36,13 @@ def test_ties_go_to_the_larger_share() -> None:
     third = 1 / 3  # equal but for the last bit
     points = [(0.6, 1.0, third), (0.5, 1.0, third + 1e-12)]
     assert choose(curve(FORGOT, *points, CHAMPION), 0.03).share == 0.6
+    lost = [(0.6, third, 0.8), (0.5, third + 1e-12, 0.8)]  # and where all lose too much
+    assert choose(curve(FORGOT, *lost, CHAMPION), 0.03).share == 0.6
+
+
+def test_of_tasks_that_lost_alike_the_first_by_name_is_told() -> None:
+    points = tuple(Point(share=share, scores={"b": share, "a": share}) for share in (0.5, 1.0))
+    assert Curve(new_tasks=(), rows={}, points=points).worst(points[0]) == ("a", -0.5)
 
 
 def test_when_all_lose_too_much_the_one_that_loses_least_is_tried() -> None:
