@@ -247,7 +247,7 @@ def erase_plan(settings: Settings, store: Store, **which: Any) -> dict[str, Any]
     return {
         "rows": [{"task": task, "split": split, "rows": n} for (task, split), n in sorted(counts.items())],
         "quarantined": len(found.quarantined),
-        "versions": found.versions,
+        "versions": sorted({*found.versions} - store.tainted()),
         "suites": found.suites,
         "champion": found.champion,
         "moves": found.moves,
