@@ -141,9 +141,10 @@ def _take_batch(
     fresh: list[Row] = []
     erased = store.erased()
     for (raw, row), repeated in zip(rows, store.repeats([row for _, row in rows], source), strict=True):
-        if repeated or (erased and _refused_as_too_long(raw) in erased):
+        if repeated or (erased and not erased.isdisjoint(_once_refused_as(raw))):
             continue
-        try:  # only now: counting tokens costs more than everything else together
+        try:  # only now: what was taken in stays, and counting tokens costs more than all the rest
+            _check_label(row, spec)
             _check_length(row, count_tokens, max_tokens)
             fresh.append(row)
         except _Refused as refusal:
@@ -163,20 +164,10 @@ def _take_batch(
     )
 
 
-def validate(
-    raw: RawRow,
-    spec: SourceSpec,
-    count_tokens: CountTokens | None = None,
-    max_tokens: int = 0,
-    *,
-    source: str,
-    now: datetime,
-) -> Row | Rejected:
-    """The row, or why not."""
+def validate(raw: RawRow, spec: SourceSpec, *, source: str, now: datetime) -> Row | Rejected:
+    """The row, or why it is none, whatever the settings."""
     try:
-        row = _row(raw, spec)
-        _check_length(row, count_tokens, max_tokens)
-        return row
+        return _row(raw, spec)
     except _Refused as refusal:
         return _reject(raw, refusal, source, now)
 
@@ -200,10 +191,6 @@ def _row(raw: RawRow, spec: SourceSpec) -> Row:
             raise _Refused(f"empty-{name}", f"the {name} is empty")
     if len(task) > _LONGEST_TASK:
         raise _Refused("too-long", f"the task's name has {len(task)} characters; at most {_LONGEST_TASK}")
-    labels = spec.labels.get(normalise(task))
-    if labels is not None and texts["answer"].casefold() not in labels:
-        known = ", ".join(sorted(labels)[:_LABELS_TOLD])
-        raise _Refused("unknown-label", f"the answer is none of the labels of tasks.{task}: {known}")
     return Row(
         id=texts["id"],
         task=task,
@@ -284,6 +271,13 @@ def _time(value: object) -> datetime | None:
         return None
 
 
+def _check_label(row: Row, spec: SourceSpec) -> None:
+    labels = spec.labels.get(normalise(row.task))
+    if labels is not None and row.answer.casefold() not in labels:
+        known = ", ".join(sorted(labels)[:_LABELS_TOLD])
+        raise _Refused("unknown-label", f"the answer is none of the labels of tasks.{row.task}: {known}")
+
+
 def _check_length(row: Row, count_tokens: CountTokens | None, max_tokens: int) -> None:
     if count_tokens is None:
         return
@@ -293,10 +287,11 @@ def _check_length(row: Row, count_tokens: CountTokens | None, max_tokens: int) -
         raise _Refused("too-long", f"{tokens} tokens; model.max_tokens is {max_tokens}")
 
 
-def _refused_as_too_long(raw: RawRow) -> str:
-    """Its hash in quarantine, had it been so. Of a shortened row that is all that an erasure can leave; it
-    must not come back when `model.max_tokens` is raised."""
-    return _identity(_all_plain(raw.values), "too-long")
+def _once_refused_as(raw: RawRow) -> list[str]:
+    """Its hashes in quarantine, had it been there. Of a shortened row that is all that an erasure can leave;
+    it must not come back when `model.max_tokens` is raised or a label added."""
+    plain = _all_plain(raw.values)
+    return [_identity(plain, reason) for reason in ("too-long", "unknown-label")]
 
 
 def _identity(plain: Mapping[str, object], reason: str) -> str:

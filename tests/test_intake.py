@@ -35,8 +35,8 @@ def raw(**values: object) -> RawRow:
     return RawRow(values={**GOOD, **values}, location="here")
 
 
-def judge(row: RawRow, count_tokens: CountTokens | None = None, max_tokens: int = 0) -> Row | Rejected:
-    return validate(row, SPEC, count_tokens, max_tokens, source="s", now=NOW)
+def judge(row: RawRow) -> Row | Rejected:
+    return validate(row, SPEC, source="s", now=NOW)
 
 
 def accepted(**values: object) -> Row:
@@ -94,14 +94,14 @@ def test_a_bad_row_is_refused_with_its_reason(values: dict[str, object], reason:
     judged.raw.encode()
 
 
-def test_an_answer_that_is_no_label_of_its_task_is_refused() -> None:
+def test_an_answer_that_is_no_label_of_its_task_is_refused(store: Store) -> None:
     """Decoding could never give it, and in a suite it would be a point lost for ever."""
-    spec = SourceSpec(labels={"mood": frozenset({"good", "bad"})})
-    judged = validate(raw(task="Mood", answer="badd"), spec, source="s", now=NOW)
-    assert isinstance(judged, Rejected)
-    assert (judged.reason, "bad, good" in judged.detail) == ("unknown-label", True)
-    for task, answer in (("Mood", " Good "), ("billing", "badd")):
-        assert isinstance(validate(raw(task=task, answer=answer), spec, source="s", now=NOW), Row)
+    given = (("Mood", "badd"), ("Mood", " Good "), ("billing", "badd"))
+    rows = [raw(id=n, question=f"q{n}", task=task, answer=answer) for n, (task, answer) in enumerate(given)]
+    assert take_all(store, *rows, spec=replace(SPEC, labels={"mood": {"good", "bad"}})).accepted == 2
+    [refused] = store.quarantined()
+    assert (refused.reason, refused.id) == ("unknown-label", "0")
+    assert refused.detail.endswith("the answer is none of the labels of tasks.Mood: bad, good")
 
 
 @pytest.mark.parametrize(
@@ -169,19 +169,19 @@ def test_times_become_naive_utc_and_never_cost_a_row(given: object, kept: dateti
     assert accepted(created_at=given).created_at == kept
 
 
-def test_a_row_that_takes_too_many_tokens_is_refused_with_the_number() -> None:
+def test_a_row_that_takes_too_many_tokens_is_refused_with_the_number(store: Store) -> None:
     asked: list[tuple[str, str]] = []
 
     def count(question: str, answer: str) -> int:
         asked.append((question, answer))
-        return 51
+        return 51 if len(asked) == 1 else 50
 
-    judged = judge(raw(context="About cards."), count, 50)
-    assert isinstance(judged, Rejected)
-    assert judged.reason == "too-long"
-    assert "51 tokens; model.max_tokens is 50" in judged.detail
+    assert take_all(store, raw(context="About cards."), count_tokens=count).accepted == 0
+    [refused] = store.quarantined()
+    assert refused.reason == "too-long"
+    assert "51 tokens; model.max_tokens is 50" in refused.detail
     assert asked == [("About cards.\nHow do I pay?", "By card.")]
-    assert isinstance(judge(raw(), count, 51), Row), "it may be as long as that"
+    assert take_all(store, raw(), count_tokens=count).accepted == 1, "it may be as long as that"
 
 
 def test_the_same_bad_row_from_another_place_has_the_same_identity() -> None:
@@ -486,6 +486,16 @@ def test_what_other_labels_refused_is_read_again_when_they_change(store: Store, 
     assert [report.read for report in pulls] == [2, 1, 2], "the first row is older than what is read again"
     assert [report.quarantined for report in pulls] == [{"unknown-label": 1}, {}, {}]
     assert (pulls[2].accepted, store.quarantine_counts()) == (1, {"unknown-label": 1})
+
+
+def test_what_was_taken_in_before_there_were_labels_stays(store: Store) -> None:
+    rows = [
+        raw(id="1", task="mood", answer="fine"),
+        raw(id="2", task="mood", question="And now?", answer="fine"),
+    ]
+    assert take_all(store, rows[0]).accepted == 1
+    report = take_all(store, *rows, spec=replace(SPEC, labels={"mood": {"good"}}))
+    assert (report.known, report.quarantined) == (1, {"unknown-label": 1})
 
 
 def test_a_kill_between_cursor_and_columns_does_not_leave_one_without_the_other(
