@@ -52,7 +52,8 @@ def train(job: dict[str, Any], host: worker.Worker) -> dict[str, Any]:
         parts["adapter"].mkdir()
         weights = np.random.default_rng(int(told.digest[:12], 16)).random(BYTES // 8)
         save_file({"a": weights}, parts["adapter"] / "adapter_model.safetensors")
-        (parts["adapter"] / "adapter_config.json").write_text("{}")
+        shape = {"r": told.lora.rank, "lora_alpha": told.lora.alpha, "lora_dropout": told.lora.dropout}
+        (parts["adapter"] / "adapter_config.json").write_text(json.dumps(shape))
         parts["state"].mkdir()
         replay_memory.save(memory, parts["state"])
         parts["report"].write_text(report.to_json() + "\n")
