@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from strategies import replay_memory
-from strategies.agem import AGem, project
+from strategies.agem import AGem, _gradient, project
 from strategies.batches import Example
 from strategies.contract import StrategySpec, result_files
 from strategies.experience import LanguageExperience
@@ -120,6 +120,27 @@ def test_reference_rows_count_as_rehearsed_and_are_not_learned(base: Path, tmp_p
         assert set(report.rehearsed) <= remembered
         assert report.replay_rows == 0
         assert not any(point.replayed for point in report.curve)
+
+
+def test_who_counts_as_rehearsed_has_helped_in_every_epoch_with_others(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helped: list[set[str]] = []
+
+    def gradient(strategy: Any, rows: list[Example], parameters: list[Tensor]) -> list[Tensor]:
+        helped.append({row.row_hash for row in rows})
+        return _gradient(strategy, rows, parameters)
+
+    monkeypatch.setattr("strategies.agem._gradient", gradient)
+    old, new = lesson("a", 16), lesson("b", 8)
+    run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=AGEM))
+    data = snapshot(tmp_path / "2", new, memory=old)
+    report = run(job(base, data, tmp_path / "two", tmp_path / "one", strategy=AGEM))
+    memory = replay_memory.load(result_files(tmp_path / "one")["state"])
+    assert memory is not None
+    assert helped == [set(draw_equally(memory, 2, "0/16", step)) for step in range(report.steps)]
+    assert set(report.rehearsed) == {row for rows in helped for row in rows}
+    assert len(report.rehearsed) == 6, "two rows a step, the third step's are the last of six"
 
 
 def test_how_a_step_is_cut_does_not_change_who_helps(base: Path, tmp_path: Path) -> None:

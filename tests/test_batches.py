@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import log_softmax
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from storage.errors import TrainingError
 from strategies import batches
@@ -89,6 +90,11 @@ def test_plans_differ_by_epoch_and_by_seed() -> None:
     assert len({str(one) for one in plans}) == 3
 
 
+def test_rows_of_one_length_meet_other_rows_in_every_epoch() -> None:
+    first, second = ({frozenset(batch) for batch in plan([7] * 100, 4, 0, epoch)} for epoch in (0, 1))
+    assert len(first & second) < 3
+
+
 def test_a_plan_puts_rows_of_like_length_together_and_does_not_go_by_length() -> None:
     lengths = [(n * 37) % 101 for n in range(256)]
     batches = plan(lengths, 8, seed=0, epoch=0)
@@ -156,6 +162,18 @@ def test_padding_changes_neither_losses_nor_logits(base: Base, examples: list[Ex
                 together[row, -width:], token_losses(base.model, single)[0], atol=1e-5, rtol=1e-4
             )
             assert together[row, :-width].count_nonzero() == 0
+
+
+def test_padding_changes_nothing_where_positions_are_learned() -> None:
+    """Relative ones, as Llama's, would not notice that the text begins later."""
+    torch.manual_seed(0)
+    size = {"vocab_size": 50, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(**size, bos_token_id=None, eos_token_id=None)
+    model = GPT2LMHeadModel(config).eval()
+    short, long = example([5], [9, 4]), example([5, 6, 7, 8, 10, 11], [8])
+    with torch.no_grad():
+        alone, padded = (token_losses(model, collate(rows, pad_id=0)) for rows in ([short], [short, long]))
+    torch.testing.assert_close(padded[0], alone[0])
 
 
 def test_a_row_that_is_only_an_answer_does_not_reach_before_its_beginning(base: Base) -> None:

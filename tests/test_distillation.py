@@ -164,13 +164,14 @@ def test_the_penalty_of_a_step_is_the_mean_divergence_of_an_answer_token(
 
 
 def test_the_champion_is_asked_about_every_row_that_an_epoch_will_bring(base: Path, tmp_path: Path) -> None:
-    """Each of two epochs rehearses two rows of four."""
+    """Each of two epochs rehearses two rows of six: two never come, and nobody need be asked."""
     spec = replace(LWF, methods=("replay", "lwf"), replay_ratio=0.5)
     replay, lwf = Replay(spec, seed=0), Lwf(spec, seed=0)
     learner = trainings.learner(base, tmp_path, [replay, lwf])
     new = trainings.experience(learner, lesson("a", 4)).new
-    old = [replace(row, replayed=True) for row in trainings.experience(learner, lesson("b", 4)).new]
+    old = [replace(row, replayed=True) for row in trainings.experience(learner, lesson("b", 6)).new]
     replay.memory = replay.memory.with_rows(seen(row) for row in old)
     lwf.continues = True
     learner.train(LanguageExperience(new=new, memory=old), eval_streams=[])
-    assert lwf.opinions.keys() == {row.row_hash for row in [*new, *old]}
+    assert len(learner.rehearsed) == 4
+    assert lwf.opinions.keys() == {row.row_hash for row in new} | learner.rehearsed

@@ -177,6 +177,7 @@ def test_a_suite_gets_a_version_without_the_row_and_nobody_falls(bot: Bot) -> No
     assert files_with(bot, "zanzibar-suite") == []
     assert champion(bot) == 3
     assert bot.store.tainted() == set()
+    assert bot.store.unfinished() == [], "there is nothing to learn again"
     assert audited(bot) == []
     assert operations.serving(bot.settings, bot.store)["snapshot"] is None, "it held the row"
     bot.collect(lesson("sizes", FLAVOURS))
@@ -428,6 +429,76 @@ def test_a_refused_row_is_of_the_task_that_the_intake_would_put_it_into(bot: Bot
         assert len(found.quarantined) == 1
 
 
+def refused_row(bot: Bot, **said: str) -> None:
+    """One that lacks an answer, and that comes to quarantine from a file."""
+    row = RawRow(values={"id": "jane-1", "task": "flavours", "answer": " ", **said}, location="1")
+    take([[row]], bot.store, SourceSpec(), shares=(0.1, 0.1), source_name="file")
+
+
+@pytest.mark.parametrize(
+    ("which", "fits"),
+    [
+        ({"row": "jane-1"}, True),
+        ({"row": "jane-2"}, False),
+        ({"where": ["source=file"]}, True),
+        ({"where": ["source=files"]}, False),
+        ({"where": ["context=jane@x"]}, True),
+        ({"where": ["context=jane@y"]}, False),
+        ({"before": "2027-01-01"}, True),
+        ({"before": "2026-03-01"}, False),
+    ],
+)
+def test_a_refused_row_must_fit_every_condition(bot: Bot, which: dict[str, Any], fits: bool) -> None:
+    refused_row(bot, question="who is jane", context="jane@x")
+    wanted = erasure.choice(**meant(contains="jane@x", **which))
+    if fits:
+        assert [row.id for row in erasure.plan(bot.settings, bot.store, wanted).quarantined] == ["jane-1"]
+    else:
+        with pytest.raises(ControlError, match="no row fits"):
+            erasure.plan(bot.settings, bot.store, wanted)
+
+
+def test_a_refused_row_with_the_question_of_an_erased_one_goes_whatever_its_context(bot: Bot) -> None:
+    refused_row(bot, question=SECRETS["train"], context="asked by jane")
+    found = erasure.plan(bot.settings, bot.store, erasure.choice(**meant(row="s-train")))
+    assert {row.id for row in found.quarantined} == {"late", "jane-1"}
+
+
+def test_a_version_without_files_does_not_take_over(bot: Bot) -> None:
+    keep = bot.settings.retention.model_copy(update={"champions": 1})
+    settings = bot.settings.model_copy(update={"retention": keep})
+    assert any(one.path == "mlflow/1/model" for one in retention.prune(settings, bot.store, bot.registry))
+    found = erasure.plan(settings, bot.store, erasure.choice(**meant(row="s-train")))
+    assert (found.moves, found.champion) == (True, None)
+
+
+def test_a_cycle_that_waits_to_begin_is_the_rebuild(bot: Bot) -> None:
+    """It has read nothing yet, and will read what is left."""
+    waiting = bot.request()
+    erase(bot, row="s-train")
+    assert bot.store.unfinished() == [waiting]
+    assert not bot.store.is_cancelled(waiting.id)
+
+
+def test_a_snapshot_of_which_nobody_can_tell_what_it_holds_goes(bot: Bot) -> None:
+    folder = bot.settings.state_dir / "snapshots"
+    half, damaged = folder / ".0123456789abcdef.tmp", folder / "fedcba9876543210"
+    for each in (half, damaged):
+        each.mkdir()
+    (damaged / "train.parquet").write_bytes(b"PAR1")
+    erase(bot, row="s-train")
+    assert not half.exists()
+    assert not damaged.exists()
+
+
+def test_what_mlflow_has_yet_to_remove_for_another_reason_is_not_done(bot: Bot) -> None:
+    bot.store.prune([("mlflow/1/answers", "cycle 1, promoted")])
+    erase(bot, row="s-train")
+    pruned = bot.store.pruned()
+    assert not pruned["mlflow/1/answers"].done
+    assert pruned["mlflow/2/answers"].done
+
+
 def test_a_task_is_meant_however_its_name_is_spelt(bot: Bot) -> None:
     exact, other = (
         erasure.plan(bot.settings, bot.store, erasure.choice(**meant(task=name)))
@@ -441,6 +512,8 @@ def test_a_rollback_passes_over_who_learned_what_was_erased(bot: Bot) -> None:
     bot.collect(lesson("sizes", FLAVOURS))
     assert bot.run().version == 4
     promote.manual(bot.store, bot.registry, 3, "ann", "4 is rude")
+    found = erasure.plan(bot.settings, bot.store, erasure.choice(**meant(row="s-train")))
+    assert found.versions == [2, 3, 4], "4 grew out of 3, and 3 out of 2"
     erase(bot, where=["task=sizes"])
     assert promote.champions(bot.store.promotions()) == [1, 2, 3, 4, 3]
     assert promote.rollback(bot.store, bot.registry, "ann", "3 is rude, too").version == 2
@@ -502,6 +575,7 @@ def test_an_audit_finds_what_came_back(bot: Bot) -> None:
         ({"where": ["hash=1"]}, "columns: task, source, question, answer, context"),
         ({"where": ["task"]}, "is not COLUMN=VALUE"),
         ({"before": "yesterday"}, "is no date"),
+        ({"before": "2026-03-01T12:00+01:00"}, "has a time zone; give it in UTC"),
         ({"contains": "' OR 1=1 --"}, "no row fits"),
         ({"where": ["answer=x' OR 'a'='a"]}, "no row fits"),
     ],

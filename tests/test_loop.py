@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ from storage.artifacts import verify
 from storage.errors import IntegrityError, NonFiniteLoss, TrainingError
 from strategies.batches import Example, collate, encode, nll
 from strategies.contract import LoraSpec, Progress, StrategySpec, TrainReport, result_files
-from strategies.experience import Loader, Step
-from strategies.loop import learning_rate, train
+from strategies.experience import LanguageExperience, Loader, Step
+from strategies.loop import Learner, learning_rate, train
+from strategies.method import Method
 from strategies.model import load_base, trainable, with_adapter
 from tests import trainings
 from tests.toys import tiny_model_spec
-from tests.trainings import SPEC, adapter, adapter_bytes, job, lesson, run, snapshot, state
+from tests.trainings import NAIVE, SPEC, adapter, adapter_bytes, job, lesson, run, snapshot, state
 
 
 def examples(count: int) -> list[Example]:
@@ -81,6 +83,7 @@ def test_the_rate_rises_to_its_peak_and_falls_towards_zero() -> None:
     assert rates[12] == pytest.approx(0.5)
     assert 0 < rates[-1] < 0.02
     assert learning_rate(0, 1, replace(spec, warmup=0.0)) == 1.0
+    assert learning_rate(0, 5, replace(spec, warmup=0.3)) == 0.5, "a step that is begun is a step"
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(base: Path, tmp_path: Path) -> None:
@@ -94,6 +97,52 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(base: Path, tmp_path:
         learner.learn(Step(passes=(tuple(rows),)))
     assert all(torch.equal(before[name], p) for name, p in parameters.items())
     assert not learner.optimizer.state
+
+
+class Steep(Method):
+    """Adds to the loss what is 0 and has no slope, or what is infinite."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(NAIVE, seed=0)
+        self.factor = factor
+
+    def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+        p = next(iter(trainable(strategy.model).values()))
+        strategy.penalise((p - p.detach()).square().sum().sqrt() + self.factor)
+
+
+@pytest.mark.parametrize(
+    ("factor", "told"), [(0.0, "the gradient became nan"), (math.inf, "the penalty became inf")]
+)
+def test_a_step_that_is_not_finite_stops_before_the_update(
+    base: Path, tmp_path: Path, factor: float, told: str
+) -> None:
+    learner = trainings.learner(base, tmp_path, [Steep(factor)])
+    rows = trainings.experience(learner, lesson("a", 4)).new
+    with pytest.raises(NonFiniteLoss, match=told):
+        learner.learn(Step(passes=(tuple(rows),)))
+    assert not learner.optimizer.state
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_training(base: Path, tmp_path: Path) -> None:
+    learner = trainings.learner(base, tmp_path)
+    rows = trainings.experience(learner, lesson("a", 4)).new
+    learner.experience = LanguageExperience(new=rows, validation=rows)
+    next(iter(trainable(learner.model).values())).data.fill_(math.nan)
+    with pytest.raises(NonFiniteLoss, match="the validation loss became nan after epoch 1"):
+        learner.validate()
+
+
+def test_weights_decay_as_asked(base: Path, tmp_path: Path) -> None:
+    """AdamW's: apart from the step that the gradient makes."""
+    ends = []
+    for decay in (0.0, 0.5):
+        learner = trainings.learner(base, tmp_path, weight_decay=decay)
+        start = [p.detach().clone() for p in trainable(learner.model).values()]
+        learner.learn(Step(passes=(tuple(trainings.experience(learner, lesson("a", 4)).new),)))
+        ends.append([p.detach() for p in trainable(learner.model).values()])
+    for first, plain, decayed in zip(start, *ends, strict=True):
+        torch.testing.assert_close(decayed, plain - SPEC.learning_rate * 0.5 * first)
 
 
 def test_a_training_that_diverges_leaves_no_result(base: Path, tmp_path: Path) -> None:
@@ -125,6 +174,7 @@ def test_a_result_is_whole_says_what_was_done_and_is_made_once(base: Path, tmp_p
     assert report.final_loss < report.curve[0].loss
     assert [p.step for p in told if p.stage == "train"] == [1, 2, 3, 4, 5, 6]
     assert all(p.steps == 6 and p.left is not None and p.loss for p in told if p.stage == "train")
+    assert [p.left for p in told if p.stage == "train"][-1] == 0
     assert state(tmp_path / "out") == {}
     assert not list(Path(asked.work).iterdir()), "a finished training needs no checkpoint"
 
@@ -147,6 +197,32 @@ def test_training_stops_when_validation_stalls_and_keeps_the_best_adapter(base: 
     with torch.no_grad():
         loss, tokens = nll(kept, collate(encode(watched, loaded.prompter), loaded.prompter.pad_id))
     assert loss.item() / tokens == pytest.approx(min(losses), rel=1e-4)
+
+
+class Marks(Method):
+    """Notes after which epochs it is told that the adapter is the best so far."""
+
+    learner: Learner
+
+    def __init__(self) -> None:
+        super().__init__(NAIVE, seed=0)
+        self.epochs: list[int] = []
+
+    def mark_best(self) -> None:
+        self.epochs.append(self.learner.course.epoch)
+
+
+def test_methods_are_told_when_the_adapter_is_the_best_so_far(base: Path, tmp_path: Path) -> None:
+    marks = Marks()
+    marks.learner = learner = trainings.learner(
+        base, tmp_path, [marks], epochs=8, patience=2, learning_rate=0.05
+    )
+    watched = [replace(row, answer="quite another answer") for row in lesson("a", 4, split="validation")]
+    new, validation = (encode(rows, learner.base.prompter) for rows in (lesson("a", 8, start=20), watched))
+    learner.train(LanguageExperience(new=new, validation=validation), eval_streams=[])
+    losses = learner.course.validation_losses
+    assert marks.epochs == [n for n, loss in enumerate(losses) if loss == min(losses[: n + 1])]
+    assert 0 < len(marks.epochs) < len(losses)
 
 
 def test_without_patience_all_epochs_run_and_the_last_adapter_stays(base: Path, tmp_path: Path) -> None:
@@ -186,8 +262,13 @@ def test_a_cycle_continues_from_its_parents_adapter(base: Path, tmp_path: Path) 
 def test_a_parents_shape_wins_over_new_lora_settings_and_that_is_said(base: Path, tmp_path: Path) -> None:
     run(job(base, snapshot(tmp_path / "first", lesson("a", 8)), tmp_path / "one"))
     second = snapshot(tmp_path / "second", lesson("b", 8))
-    report = run(job(base, second, tmp_path / "two", tmp_path / "one", lora=LoraSpec(rank=3, alpha=4)))
-    assert "lora.rank = 3 was not used: the champion's adapter continues with 2" in report.notes
+    other = LoraSpec(rank=3, alpha=5, dropout=0.2)
+    report = run(job(base, second, tmp_path / "two", tmp_path / "one", lora=other))
+    assert report.notes[:3] == (
+        "lora.rank = 3 was not used: the champion's adapter continues with 2",
+        "lora.alpha = 5 was not used: the champion's adapter continues with 4",
+        "lora.dropout = 0.2 was not used: the champion's adapter continues with 0.0",
+    )
 
 
 def test_other_lora_targets_than_the_parents_are_said(base: Path, tmp_path: Path) -> None:
@@ -243,6 +324,25 @@ def test_a_penalty_at_rest_is_carried_along_and_what_it_missed_is_said(base: Pat
     )
 
 
+def test_a_method_is_not_taken_for_another_whose_name_begins_like_it(base: Path, tmp_path: Path) -> None:
+    parent = None
+    for n, method in enumerate(("ewc", "ewc-lora", "ewc")):
+        strategy = StrategySpec(methods=(method,), fisher_rows=3)
+        data = snapshot(tmp_path / f"data {n}", lesson(f"task {n}", 8))
+        report = run(job(base, data, tmp_path / f"{n}", parent, strategy=strategy))
+        parent = tmp_path / f"{n}"
+    assert "ewc was at rest and knows nothing of the cycles that were learned meanwhile" in report.notes
+
+
+def test_what_goes_on_beside_an_adapter_that_grows_was_not_left_behind(base: Path, tmp_path: Path) -> None:
+    strategy = StrategySpec(methods=("ewc-lora", "olora"), fisher_rows=3)
+    for task, parent in (("a", None), ("b", tmp_path / "a")):
+        data = snapshot(tmp_path / f"data {task}", lesson(task, 8))
+        report = run(job(base, data, tmp_path / task, parent, strategy=strategy))
+    assert "ewc_lora.safetensors" in state(tmp_path / "b")
+    assert not any("was left behind" in note for note in report.notes)
+
+
 def test_what_another_job_left_is_not_taken_for_this_ones_result(base: Path, tmp_path: Path) -> None:
     old, new = (snapshot(tmp_path / task, lesson(task, 8)) for task in "ab")
     run(job(base, old, tmp_path / "out"))
@@ -259,6 +359,16 @@ def test_a_snapshot_that_was_changed_is_refused(base: Path, tmp_path: Path) -> N
     (data / "manifest.json").write_text(json.dumps(info))
     with pytest.raises(IntegrityError, match=r"train.parquet was changed"):
         run(job(base, data, tmp_path / "out"))
+
+
+def test_a_parent_that_was_changed_is_refused(base: Path, tmp_path: Path) -> None:
+    data = snapshot(tmp_path / "snapshot", lesson("a", 8))
+    run(job(base, data, tmp_path / "one"))
+    info = json.loads((tmp_path / "one" / "manifest.json").read_text())
+    info["files"]["adapter/adapter_model.safetensors"] = "0" * 64
+    (tmp_path / "one" / "manifest.json").write_text(json.dumps(info))
+    with pytest.raises(IntegrityError, match=r"adapter_model.safetensors was changed"):
+        run(job(base, data, tmp_path / "two", tmp_path / "one"))
 
 
 def test_a_snapshot_without_training_rows_is_refused(base: Path, tmp_path: Path) -> None:

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import IntegrityError
 from storage.parquet import SnapshotRow
 from strategies import replay_memory
-from strategies.batches import encode
+from strategies.batches import collate, encode, nll
 from strategies.contract import StrategySpec, result_files
 from strategies.experience import LanguageExperience, Loader
 from strategies.method import Method
 from strategies.model import load_base
-from strategies.replay import Replay, seen, thinned
+from strategies.replay import Replay, row_losses, seen, thinned
 from strategies.replay_memory import FILE, Memory, Room, Seen, Spacing, Trace, memory_hashes, priority
 from strategies.replay_policies import (
     FORGOTTEN,
@@ -226,6 +227,18 @@ def test_policies_that_ask_what_was_forgotten_measure_it(base: Path, tmp_path: P
     assert set(second.spacing) == {"a", "b"}
 
 
+def test_what_was_forgotten_is_measured_by_the_token(base: Path, tmp_path: Path) -> None:
+    """Else a long answer would always have been forgotten most."""
+    learner = trainings.learner(base, tmp_path)
+    rows = trainings.experience(learner, lesson("a", 6)).new
+    found = row_losses(learner, rows)
+    assert found.keys() == {row.row_hash for row in rows}
+    for row in rows:
+        with torch.no_grad():
+            loss, tokens = nll(learner.model, collate([row], learner.base.prompter.pad_id))
+        assert found[row.row_hash] == pytest.approx(loss.item() / tokens, rel=1e-4)
+
+
 def test_a_row_that_is_seen_again_is_remembered_once() -> None:
     assert sizes(remember(rows("a", 10), rows("a", 10), size=60)) == {"a": 10}
     memory = remember(rows("a", 1), size=9).measured({"a0000": 1.0})
@@ -355,6 +368,9 @@ def test_a_memory_at_rest_takes_in_what_is_learned_meanwhile(base: Path, tmp_pat
     expected = taught(base, old, new, size=12)
     assert replay_memory.load(result_files(tmp_path / "two")["state"]) == expected
     assert (report.rehearsed, report.memory_rows) == ((), 12)
+    third = snapshot(tmp_path / "3", lesson("c", 4), memory=[*old, *new])
+    back = run(job(base, third, tmp_path / "three", tmp_path / "two", strategy=REPLAY))
+    assert not any("was at rest" in note for note in back.notes), "it has missed nothing"
     run(job(base, second, tmp_path / "naive", strategy=resting))
     assert replay_memory.load(result_files(tmp_path / "naive")["state"]) is None
 
@@ -442,6 +458,8 @@ def test_only_rows_whose_answer_is_shared_and_that_have_no_context_are_thinned(
     changed = {row.row_hash for row in drawn if row != whole[row.row_hash]}
     assert changed == {row.hash for row in shared}
     assert watch.loader.rows(0) == watch.loader.rows(0)
+    twice = [row for row in watch.loader.rows(0) if row.row_hash in changed]
+    assert len({row.row_hash for row in twice}) < len(set(twice)), "in other words each time that it comes"
 
 
 def test_that_an_answer_is_shared_is_remembered_when_the_others_are_gone() -> None:

@@ -77,6 +77,32 @@ def test_only_what_may_go_is_gone_and_an_audit_does_not_miss_it(bot: Bot) -> Non
     assert prune(bot) == set(), "there is nothing to do twice"
 
 
+def left(bot: Bot, **limits: int) -> tuple[set[int], set[int]]:
+    """Versions whose model, and those whose answers, the next pass would leave where they are."""
+    keep = bot.settings.retention.model_copy(update=limits)
+    settings = bot.settings.model_copy(update={"retention": keep})
+    told = {one.path for one in retention.plan(settings, bot.store)}
+    models, answers = (
+        {version for version in range(1, 8) if f"mlflow/{version}/{what}" not in told}
+        for what in ("model", "answers")
+    )
+    return models, answers
+
+
+def test_what_a_rollback_returns_to_is_kept_beside_who_served_last(bot: Bot) -> None:
+    promote.rollback(bot.store, bot.registry, "ann", "4 is rude")
+    assert left(bot)[0] == {2, 3, 4, 7}
+
+
+def test_a_rejected_version_that_served_is_a_champion_and_no_rejected_one(bot: Bot) -> None:
+    promote.manual(bot.store, bot.registry, 7, "ann", "it is better than it looks")
+    assert left(bot)[0] == {4, 6, 7}
+
+
+def test_answers_of_rejected_versions_may_be_kept_longer_than_their_models(bot: Bot) -> None:
+    assert left(bot, rejected=1, predictions=2) == ({3, 4, 7}, {1, 2, 3, 4, 6, 7})
+
+
 def test_a_bot_goes_on_learning_and_rolls_back_after_pruning(bot: Bot, base: Path) -> None:
     prune(bot)
     relaxed = make_bot_again(bot, base, **TIGHT)
@@ -164,8 +190,10 @@ def test_an_unfinished_cycle_finds_everything_that_it_needs(bot: Bot) -> None:
     with pytest.raises(Interrupted):
         bot.run(cycle, stop)
     bot.executor.before = lambda stage: None
-    promote.rollback(bot.store, bot.registry, "ann", "its parent does not serve any more")
-    prune(bot)
+    for why in ("its parent does not serve any more", "nor did it lately"):
+        promote.rollback(bot.store, bot.registry, "ann", why)
+    pruned = prune(bot)
+    assert not any(path.startswith("predictions/") for path in pruned), "it may make the same model again"
     assert audited(bot) == []
     assert there(bot, 4)
     assert bot.run(cycle).state is State.REJECTED
@@ -196,6 +224,8 @@ def test_a_snapshot_that_is_taken_again_is_no_longer_pruned(bot: Bot) -> None:
     bot.store.advance(bot.request().id, State.PULLED)
     again = bot.store.advance(9, State.SNAPSHOTTED, snapshot=seven.snapshot)
     assert f"snapshots/{again.snapshot}" not in bot.store.pruned()
+    prune(bot)
+    assert f"snapshots/{again.snapshot}" not in bot.store.pruned(), "it is needed until the cycle ends"
 
 
 def test_a_snapshot_that_no_cycle_noted_goes(bot: Bot) -> None:
@@ -263,10 +293,11 @@ def test_answers_that_a_model_gives_after_its_others_were_pruned_are_kept_apart(
     bot.store.close()
 
 
+@pytest.mark.parametrize("end", [State.CANCELLED, State.FAILED])
 def test_a_version_that_only_mlflow_knows_loses_its_files(
-    bot: Bot, base: Path, monkeypatch: pytest.MonkeyPatch
+    bot: Bot, monkeypatch: pytest.MonkeyPatch, end: State
 ) -> None:
-    """Its cycle was cancelled before the store heard of it."""
+    """Its cycle was cancelled before the store heard of it, or could not be finished."""
 
     def cut(*args: Any, **kwargs: Any) -> None:
         raise RegistryUnavailable("cut off")
@@ -277,9 +308,12 @@ def test_a_version_that_only_mlflow_knows_loses_its_files(
         patch.setattr(bot.registry, "_finish", cut)
         with pytest.raises(RegistryUnavailable):
             bot.run(cycle)
-    bot.store.event("cancel", cycle.id, by="ann")
-    (left,) = bot.store.unfinished()
-    assert bot.run(left).state is State.CANCELLED
+    if end is State.CANCELLED:
+        bot.store.event("cancel", cycle.id, by="ann")
+        (waiting,) = bot.store.unfinished()
+        assert bot.run(waiting).state is end
+    else:
+        bot.store.advance(cycle.id, end, reason="interrupted too often")
     prune(bot)
     (unknown,) = [one for one in bot.registry.look().versions if one.cycle_id == cycle.id]
     assert unknown.weights is not None

@@ -44,6 +44,7 @@ def weekdays(cron: str) -> set[str]:
         ("1-5/2", {"mon", "wed", "fri"}),
         ("MON", {"mon"}),
         ("0-7", {"sun", "mon", "tue", "wed", "thu", "fri", "sat"}),
+        ("2/2", {"tue", "thu", "sat"}),
     ],
 )
 def test_days_of_the_week_are_crons_not_apschedulers(field: str, days: set[str]) -> None:
@@ -56,6 +57,19 @@ def test_day_of_month_or_day_of_week_is_enough_when_both_are_restricted() -> Non
     assert firings("0 0 2 * 0", 2)[0] == datetime(2026, 3, 2, tzinfo=UTC)
 
 
+@pytest.mark.parametrize(
+    ("cron", "first"), [("0 0 13 * */2", datetime(2026, 6, 13)), ("0 0 */2 * 5", datetime(2026, 3, 13))]
+)
+def test_a_star_with_a_step_restricts_no_day_and_so_both_must_fit(cron: str, first: datetime) -> None:
+    """As in cron: the first 13th on an even day of the week, the first Friday on an odd day of the month."""
+    assert firings(cron, 1) == [first.replace(tzinfo=UTC)]
+
+
+def test_a_time_without_a_zone_is_utc() -> None:
+    found = next_run("30 2 * * *", "Asia/Tokyo", after=datetime(2026, 3, 1, 17, 31))
+    assert found == datetime(2026, 3, 2, 17, 30, tzinfo=UTC)
+
+
 def test_a_time_zone_shifts_the_firing() -> None:
     summer, winter = datetime(2026, 7, 1, tzinfo=UTC), datetime(2026, 12, 1, tzinfo=UTC)
     assert firings("30 2 * * *", 1, zone="Europe/Madrid", after=summer)[0].astimezone(UTC).hour == 0
@@ -65,6 +79,7 @@ def test_a_time_zone_shifts_the_firing() -> None:
 # When the clocks change. Berlin puts them forward at 2:00 on 29 March, and back at 3:00 on 25 October.
 
 SPRING, AUTUMN = datetime(2026, 3, 28, 12, tzinfo=UTC), datetime(2026, 10, 24, 12, tzinfo=UTC)
+NIGHT = datetime(2026, 10, 24, 23, tzinfo=UTC)  # an hour after midnight
 
 
 @pytest.mark.parametrize(
@@ -75,6 +90,7 @@ SPRING, AUTUMN = datetime(2026, 3, 28, 12, tzinfo=UTC), datetime(2026, 10, 24, 1
         ("0 3 * * *", SPRING, "2026-03-29T03:00+02:00", "2026-03-30T03:00+02:00"),
         ("0 3 * * *", AUTUMN, "2026-10-25T03:00+01:00", "2026-10-26T03:00+01:00"),
         ("0 2,3 * * *", SPRING, "2026-03-29T03:00+02:00", "2026-03-30T02:00+02:00"),  # both are one moment
+        ("30 */2 * * *", NIGHT, "2026-10-25T02:30+02:00", "2026-10-25T04:30+01:00"),  # not every hour
         ("45 2 * 3,10 0", SPRING, "2026-03-29T03:45+02:00", "2026-10-04T02:45+02:00"),
     ],
 )
@@ -83,6 +99,13 @@ def test_in_the_night_of_a_clock_change_it_fires_once(
 ) -> None:
     found = firings(cron, 2, zone="Europe/Berlin", after=evening)
     assert [at.isoformat(timespec="minutes") for at in found] == [first, second]
+
+
+def test_times_that_are_skipped_come_in_order_among_those_that_are_not() -> None:
+    """On Lord Howe the clock goes from 2:00 to 2:30: 2:10 comes at 2:40, after 2:35."""
+    night = datetime(2026, 10, 3, 12, tzinfo=UTC)
+    found = firings("10,20,35 2 * * *", 3, zone="Australia/Lord_Howe", after=night)
+    assert [(at.hour, at.minute) for at in found] == [(2, 35), (2, 40), (2, 50)]
 
 
 @pytest.mark.parametrize("evening", [SPRING, AUTUMN])
