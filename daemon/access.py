@@ -223,14 +223,7 @@ def serving(settings: Settings, version: int | None) -> dict[str, Any]:
         from daemon import operations
 
         if not settings.store_path.exists():
-            return {
-                "version": None,
-                "adapter": None,
-                "snapshot": None,
-                "base": None,
-                "rolled_back": False,
-                "tasks": [],
-            }
+            return operations.NOTHING_SERVES
         with reading(settings) as store:
             return operations.serving(settings, store, version)
 

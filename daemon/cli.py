@@ -362,8 +362,8 @@ def erase(
     from daemon import access, console, operations
 
     operations.check_why(why)
-    settings, text = _settings(config), {"row": row, "task": task, "before": before, "contains": contains}
-    which: dict[str, Any] = {**text, "where": where or []}
+    settings = _settings(config)
+    which = {"row": row, "task": task, "before": before, "contains": contains, "where": where or []}
     _show(access.erase(settings, why, which, dry_run=True), False, console.erasure_plan)
     if dry_run:
         return

@@ -189,8 +189,6 @@ _FIXES = {
     "path_type": "should be a path; write the path in quotes",
     "tuple_type": 'should be a list; write it like ["a", "b"]',
 }
-
-
 _UNQUOTED = ("int_type", "float_type", "bool_type")
 
 # Where pydantic only shows the regular expression.
@@ -202,7 +200,7 @@ _PATTERNS = {
 
 def _explain(problem: Any) -> str:
     """One line: key, value, what is wrong, what to do."""
-    key = ".".join(str(part) for part in problem["loc"])
+    key = setting = ".".join(str(part) for part in problem["loc"])
     variable = ENV_PREFIX + key.replace(".", "__").upper()
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key{suggest(str(problem['loc'][-1]), _siblings(problem['loc']))}"
@@ -218,7 +216,7 @@ def _explain(problem: Any) -> str:
         if problem["type"] in _UNQUOTED and isinstance(problem["input"], str):
             message += ", without quotes"
     if problem["type"] == "string_pattern_mismatch":
-        message = _PATTERNS.get(".".join(str(part) for part in problem["loc"]), message)
+        message = _PATTERNS.get(setting, message)
     return redact(f"{key} = {problem['input']!r}: {message}")
 
 

@@ -18,6 +18,7 @@ from daemon import auto, examination, experience, gate, promote, publish, rescue
 from daemon.base import check_champions_base, located, prepare_base
 from daemon.executor import Executor, Stop
 from daemon.pull import pull_source
+from daemon.report import NOTE
 from daemon.settings import Settings
 from storage import artifacts, snapshots
 from storage.errors import (
@@ -41,7 +42,6 @@ from strategies.contract import PreparedBase, Progress, StrategySpec, TrainJob, 
 log = logging.getLogger(__name__)
 
 OUT_OF_TIME = "out-of-time"  # the event that the clock ended a rescue
-NOTE = "note"  # the event that a training says what people should know
 MAX_ATTEMPTS = 3  # how often a dead worker is replaced before the cycle is given up
 # Left to the caller, who tries again later: the cycle stays exactly where it is.
 RETRIED_LATER = (Interrupted, SourceBusy, RegistryError)

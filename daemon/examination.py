@@ -76,7 +76,8 @@ def specs(snapshot: Snapshot) -> Specs:
 
 
 def check_suites(store: Store, snapshot: Snapshot) -> None:
-    """Raises `IntegrityError` when a suite, in the store or in the snapshot, is not what was frozen."""
+    """Raises `IntegrityError` when a suite in the store is not what was frozen. The snapshot's own files were
+    compared with its manifest when it was loaded."""
     for entry in snapshot.info["suites"]:
         rows = store.suite_rows(entry["task"], entry["version"])
         if snapshots.suite_hash(rows) != entry["hash"]:

@@ -297,6 +297,14 @@ def check_readable(path: Path) -> None:
 
 # Plain values.
 
+NOTHING_SERVES: dict[str, Any] = {
+    "version": None,
+    "adapter": None,
+    "snapshot": None,
+    "base": None,
+    "rolled_back": False,
+    "tasks": [],
+}
 _NOTHING_KNOWN: dict[str, Any] = {
     "champion": None,
     "metrics": {},

@@ -16,6 +16,7 @@ from storage.store import Store
 from strategies import metrics, scoring
 from strategies.contract import Record, TaskKind
 
+NOTE = "note"  # the event that a training says what people should know
 _FOR_EVER = 2**62  # after every cycle
 
 
@@ -128,12 +129,12 @@ def explain(report: dict[str, Any]) -> list[str]:
 
 
 def _head(cycle: dict[str, Any]) -> str:
-    """The outcome; of a cycle that is under way only what is known of it: its verdict, at the end."""
-    if cycle["finished_at"] or cycle["state"] == State.DECIDED:
-        # MLflow is told of a decided cycle, and keeps what it was told.
-        state = f" is {cycle['state']}" if cycle["finished_at"] else ""
-        return f"Cycle {cycle['id']}{state}" + (f": {cycle['reason']}" if cycle["reason"] else ".")
-    return f"Cycle {cycle['id']} is {cycle['state']}."
+    """The outcome; of a cycle that is under way only its state. Of a decided one the verdict alone: MLflow
+    is told of it then, and keeps what it was told."""
+    is_decided = cycle["state"] == State.DECIDED
+    state = "" if is_decided else f" is {cycle['state']}"
+    has_outcome = cycle["reason"] and (cycle["finished_at"] or is_decided)
+    return f"Cycle {cycle['id']}{state}" + (f": {cycle['reason']}" if has_outcome else ".")
 
 
 def _measures(scores: list[dict[str, Any]]) -> list[str]:
@@ -147,7 +148,7 @@ def _measures(scores: list[dict[str, Any]]) -> list[str]:
 
 def _notes(store: Store, cycle_id: int) -> list[str]:
     """What its trainings said that people should know; one that was done again says it again."""
-    events = reversed(store.events(limit=50, cycle_id=cycle_id, kind="note"))
+    events = reversed(store.events(limit=50, cycle_id=cycle_id, kind=NOTE))
     return list(dict.fromkeys(str(event.detail.get("text", "")) for event in events))
 
 

@@ -413,3 +413,4 @@ _READERS: dict[str, Callable[[Path, Columns], Iterator[RawRow]]] = {
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
+SUFFIXES = tuple(_READERS)

@@ -290,19 +290,20 @@ def _check_length(row: Row, count_tokens: CountTokens | None, max_tokens: int) -
 def _once_refused_as(raw: RawRow) -> list[str]:
     """Its hashes in quarantine, had it been there. Of a shortened row that is all that an erasure can leave;
     it must not come back when `model.max_tokens` is raised or a label added."""
-    plain = _all_plain(raw.values)
-    return [_identity(plain, reason) for reason in ("too-long", "unknown-label")]
+    whole = _whole(_all_plain(raw.values))
+    return [rejection_hash(whole, reason) for reason in ("too-long", "unknown-label")]
 
 
-def _identity(plain: Mapping[str, object], reason: str) -> str:
-    return rejection_hash(json.dumps(plain, sort_keys=True), reason)
+def _whole(plain: Mapping[str, object]) -> str:
+    """What the identity of a refused row is made of, with the reason."""
+    return json.dumps(plain, sort_keys=True)
 
 
 def _reject(raw: RawRow, refusal: _Refused, source: str, now: datetime) -> Rejected:
     """The identity covers everything that was delivered; what is kept to look at may be shortened."""
     plain = _all_plain(raw.values)
     return Rejected(
-        hash=_identity(plain, refusal.reason),
+        hash=rejection_hash(_whole(plain), refusal.reason),
         id=_label(raw.values.get("id")),
         task=_label(raw.values.get("task")),
         raw=json.dumps({name: _shorten(value) for name, value in plain.items()}, ensure_ascii=False),
@@ -324,7 +325,7 @@ def is_as_it_came(rejected: Rejected) -> bool:
         values = json.loads(rejected.raw)
         if any(isinstance(value, str) and _SHORTENED.search(value) for value in values.values()):
             return True
-        return _identity(values, rejected.reason) == rejected.hash
+        return rejection_hash(_whole(values), rejected.reason) == rejected.hash
     except (ValueError, AttributeError, RecursionError):
         return False
 

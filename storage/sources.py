@@ -25,7 +25,6 @@ _CONFIG = {"autoinstall_known_extensions": "false", "autoload_known_extensions":
 _HOLDER = re.compile(r"held in (?P<program>.+?) \(PID (?P<pid>\d+)\)")
 _NAME_PART = re.compile(r'"(?:[^"]|"")+"|[^."]+')
 _EPOCH = datetime(1970, 1, 1)
-_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _AS_TEXT = ("TIME", "DATE", "INTERVAL", "FLOAT", "DECIMAL", "UHUGEINT", "BIT", "BIGNUM")
 
@@ -285,7 +284,9 @@ class DuckDBSource:
             )
         if not is_there:
             return SourceError(f"there is no file {self._file}; set source.path to your collector's DuckDB")
-        if self._file.suffix.lower() in _FILES:
+        from storage.files import SUFFIXES  # which is built on this module
+
+        if self._file.suffix.lower() in SUFFIXES:
             return SourceError(f"{self.path} is no DuckDB file; take it in with `daemon ingest {self.path}`")
         if "version number" in text:
             return SourceError(

@@ -120,6 +120,16 @@ class Bot:
         collect(self.home / "qa.duckdb", rows)
 
 
+def fails(stage: str, error: Exception) -> Callable[[str], None]:
+    """For an executor's `before`: that stage ends in the error."""
+
+    def fail(begun: str) -> None:
+        if begun == stage:
+            raise error
+
+    return fail
+
+
 def write_config(home: Path, base: Path, **overrides: object) -> Path:
     """A config for a tiny bot whose collector is `home/qa.duckdb`; overrides are dotted keys."""
     values: dict[str, object] = {

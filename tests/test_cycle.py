@@ -2,6 +2,7 @@
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from daemon.executor import Stop
 from storage.errors import IntegrityError, Interrupted, StageError, WorkerError
 from storage.records import Cycle, State
 from strategies.contract import Progress, TrainReport
-from tests.bots import FLAVOURS, Bot, lesson, make_bot, make_bot_again, two_promoted
+from tests.bots import FLAVOURS, Bot, fails, lesson, make_bot, make_bot_again, two_promoted
+
+TOOK_TOO_LONG = StageError("the train stage took longer than 240 minutes and was stopped")
 
 
 def test_two_tasks_in_two_cycles_end_promoted_with_a_full_accuracy_matrix(bot: Bot) -> None:
@@ -303,12 +306,7 @@ def test_a_worker_that_dies_once_is_replaced(bot: Bot) -> None:
 
 def test_what_would_fail_again_is_not_tried_again(bot: Bot) -> None:
     bot.collect(lesson("colours"))
-
-    def take_too_long(stage: str) -> None:
-        if stage == "train":
-            raise StageError("the train stage took longer than 240 minutes and was stopped")
-
-    bot.executor.before = take_too_long
+    bot.executor.before = fails("train", TOOK_TOO_LONG)
     cycle = bot.run()
     assert (cycle.state, cycle.attempts) == (State.FAILED, 0)
     assert bot.executor.calls.count("train") == 1
@@ -331,47 +329,40 @@ def tamper(bot: Bot) -> None:
         path.write_bytes(bytes(data))
 
 
-def test_a_suite_that_changed_in_the_store_stops_the_cycle_before_the_exam(bot: Bot) -> None:
+def change_suite(bot: Bot) -> None:
     """The copy in the snapshot is whole: it is the scores' own rows that would say something else."""
-    bot.collect(lesson("colours"))
-
-    def change(stage: str) -> None:
-        if stage == "train":
-            bot.store._db.script("UPDATE rows SET answer = upper(answer) WHERE split = 'suite'")
-
-    bot.executor.after = change
-    cycle = bot.run()
-    assert cycle.state is State.FAILED
-    assert "suite colours@v1 in the store is not the one that was frozen" in (cycle.reason or "")
-    assert "evaluate" not in bot.executor.calls
+    bot.store._db.script("UPDATE rows SET answer = upper(answer) WHERE split = 'suite'")
 
 
-def test_an_adapter_that_was_damaged_after_its_training_sits_no_exam(bot: Bot) -> None:
+def damage_adapter(bot: Bot) -> None:
     """One bit in a weight: it would load, and answer."""
+    adapter = bot.settings.state_dir / "cycles/1/train/adapter/adapter_model.safetensors"
+    weights = bytearray(adapter.read_bytes())
+    weights[-1] ^= 1
+    adapter.write_bytes(weights)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (change_suite, "suite colours@v1 in the store is not the one that was frozen"),
+        (damage_adapter, "adapter_model.safetensors was changed"),
+    ],
+)
+def test_what_was_changed_after_the_training_stops_the_cycle_before_the_exam(
+    bot: Bot, spoil: Callable[[Bot], None], told: str
+) -> None:
     bot.collect(lesson("colours"))
-
-    def damage(stage: str) -> None:
-        if stage == "train":
-            adapter = bot.settings.state_dir / "cycles/1/train/adapter/adapter_model.safetensors"
-            weights = bytearray(adapter.read_bytes())
-            weights[-1] ^= 1
-            adapter.write_bytes(weights)
-
-    bot.executor.after = damage
+    bot.executor.after = lambda stage: spoil(bot) if stage == "train" else None
     cycle = bot.run()
     assert cycle.state is State.FAILED
-    assert "adapter_model.safetensors was changed" in (cycle.reason or "")
+    assert told in (cycle.reason or "")
     assert "evaluate" not in bot.executor.calls
 
 
 def test_a_full_disk_fails_the_cycle_with_the_remedy(bot: Bot) -> None:
     bot.collect(lesson("colours"))
-
-    def fill(stage: str) -> None:
-        if stage == "train":
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    bot.executor.before = fill
+    bot.executor.before = fails("train", OSError(errno.ENOSPC, "No space left on device"))
     cycle = bot.run()
     assert cycle.state is State.FAILED
     assert "No space left on device; free space or fix the permissions" in (cycle.reason or "")
@@ -501,12 +492,7 @@ def test_a_cycle_that_made_nothing_is_not_taken_for_the_base_that_somebody_went_
     bot.run()
     promote.rollback(bot.store, bot.registry, "ann", "rude")
     bot.collect(lesson("flavours", FLAVOURS))
-
-    def fail(stage: str) -> None:
-        if stage == "train":
-            raise StageError("the train stage took longer than 240 minutes and was stopped")
-
-    bot.executor.before = fail
+    bot.executor.before = fails("train", TOOK_TOO_LONG)
     assert scheduled(bot).state is State.FAILED
     bot.executor.before = lambda stage: None
     assert scheduled(bot).state is State.PROMOTED

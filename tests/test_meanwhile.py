@@ -15,7 +15,7 @@ from storage.errors import ConfigError, RegistryError, RegistryUnavailable, Stag
 from storage.records import State
 from storage.registry import Registry
 from strategies.contract import EvaluateJob, TaskKind, TrainJob, TrainReport
-from tests.bots import FLAVOURS, Bot, audited, lesson, make_bot, make_bot_again, two_promoted
+from tests.bots import FLAVOURS, Bot, audited, fails, lesson, make_bot, make_bot_again, two_promoted
 
 
 @contextmanager
@@ -99,12 +99,7 @@ def test_a_failed_cycle_is_in_mlflow_and_has_failed_without_it_too(bot: Bot, is_
     bot.collect(lesson("colours"))
     took_too_long = StageError("the train stage took longer than 240 minutes and was stopped")
     cycle = bot.request()
-
-    def fail(stage: str) -> None:
-        if stage == "train":
-            raise took_too_long
-
-    bot.executor.before = fail
+    bot.executor.before = fails("train", took_too_long)
     with away(bot, "log_failure") if is_away else nullcontext():
         assert bot.run(cycle).state is State.FAILED
     if not is_away:
