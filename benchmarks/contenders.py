@@ -50,6 +50,8 @@ def _small(*methods: str, **changes: Any) -> dict[str, Any]:
     }
 
 
+_DEFAULT = _small("replay", "lwf", replay_dropout=0.2, replay_ratio=0.4, replay_share=1.0)
+
 _ALL = (
     Contender(name="naive", about="goes on training on the new rows alone"),
     Contender(
@@ -59,6 +61,12 @@ _ALL = (
         name="replay",
         about="half as many remembered rows as new ones in every epoch, at most 1000 kept",
         strategy={"methods": ("replay",), **_PLAIN},
+    ),
+    Contender(
+        name="replay-bounded",
+        about="the same, at most 100 kept",
+        strategy={"methods": ("replay",), "replay_size": 100, **_PLAIN},
+        trial=True,
     ),
     Contender(
         name="replay5",
@@ -123,16 +131,22 @@ _ALL = (
     ),
     Contender(
         name="replay5-thinned+lwf-faster",
-        about="the same with a learning rate half as high again, and 0.4 remembered rows for a new one: what "
-        "the defaults do, with a smaller memory",
+        about="the same with a learning rate half as high again, and 0.4 remembered rows for a new one: the "
+        "default methods, with a smaller memory",
         strategy=_small("replay", "lwf", replay_dropout=0.2, replay_ratio=0.4),
         train={"learning_rate": 7.5e-4},
     ),
     Contender(
         name="default",
-        about="what the defaults do, with their memory: at most 1000 rows",
-        strategy=_small("replay", "lwf", replay_dropout=0.2, replay_ratio=0.4, replay_share=1.0),
+        about="the default methods with their memory: at most 1000 rows",
+        strategy=_DEFAULT,
         train={"learning_rate": 7.5e-4},
+    ),
+    Contender(
+        name="as-shipped",
+        about="the same for up to four epochs, stopped early by validation: the daemon's settings",
+        strategy=_DEFAULT,
+        train={"learning_rate": 7.5e-4, "epochs": 4},
     ),
     Contender(
         name="replay5-thinned+lwf-fastest",

@@ -12,6 +12,7 @@ cycle, is not a function of the snapshot; what was chosen is on record, and a re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import monotonic
 
 from daemon import examination
 from daemon.executor import Executor, OnProgress, Stop
@@ -94,19 +95,22 @@ def _train(snapshot: Snapshot, home: Path, folder: Path, train: Train) -> tuple[
     trials: list[Trial] = []
     passed_over: dict[str, str] = {}
     failure: HoldfastError | None = None
+    lost = 0.0  # seconds of trainings that failed
     for strategy in (replace(spec, methods=tuple(methods)) for methods in auto["shortlist"]):
         result = folder / f"trial-{strategy.name}" / "train"
         if trials and not probed:
             passed_over[strategy.name] = "there are no validation rows to choose by"
-        elif not affordable([trial.seconds for trial in trials], auto["minutes"]):
+        elif not affordable([trial.seconds for trial in trials], auto["minutes"], lost):
             passed_over[strategy.name] = f"not tried, strategy.auto_minutes is {auto['minutes']}"
         else:
+            begun = monotonic()
             try:
                 report = train(strategy, home / result)
             except ENDS_TRIAL as error:
                 if isinstance(error, WorkerError) and not trials:
                     raise  # the cycle knows how to replace a worker
                 passed_over[strategy.name], failure = str(error), error
+                lost += monotonic() - begun
             else:
                 trials.append(Trial(strategy=strategy, result=result, seconds=report.seconds))
     if failure is not None and not trials:
@@ -114,12 +118,13 @@ def _train(snapshot: Snapshot, home: Path, folder: Path, train: Train) -> tuple[
     return trials, passed_over
 
 
-def affordable(spent: Sequence[float], minutes: float) -> bool:
+def affordable(spent: Sequence[float], minutes: float, lost: float = 0.0) -> bool:
     """Whether one more training, as long as the longest so far, fits into the budget. The first one does.
 
-    Seconds of training that came to an end: what failed, loading and probing are not counted.
+    `spent`: seconds of each training that came to an end; `lost`: of those that failed, since the daemon was
+    started. Loading and probing are not counted.
     """
-    return not spent or sum(spent) + max(spent) <= minutes * 60
+    return not spent or lost + sum(spent) + max(spent) <= minutes * 60
 
 
 def best(trials: Sequence[Trial]) -> Trial:

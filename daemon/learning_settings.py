@@ -147,7 +147,7 @@ class StrategySettings(Section):
     ewc_lambda: float = Field(
         StrategySpec.ewc_lambda,
         ge=0,
-        description="ewc, ewc-lora: twice the price, in nats of loss, of unlearning what a cycle taught.",
+        description="ewc, ewc-lora: twice what each past cycle charges an adapter of zero, in nats of loss.",
     )
     ewc_mode: Literal["separate", "online"] = Field(
         "separate",

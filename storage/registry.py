@@ -96,9 +96,9 @@ class Registry:
                 return
             self._remove_runs(client, experiment, cycle_id)
             tags = {**(tags or {}), REASON_TAG: reason, "mlflow.note.content": reason}
-            run = self._create_run(client, experiment, cycle_id, tags, started_at)
-            mlflow_client.log_params(client, run.info.run_id, params)
-            self._finish(client, run.info.run_id, "FAILED", finished_at)
+            run_id = self._cycle_run(client, experiment, cycle_id, tags, started_at).info.run_id
+            mlflow_client.log_params(client, run_id, params)
+            self._finish(client, run_id, "FAILED", finished_at)
 
     def log_stream(
         self, step: int, metrics: Mapping[str, float | None], matrix: Matrix | None = None
@@ -272,7 +272,7 @@ class Registry:
         tags = {**record.tags, "mlflow.note.content": record.description}
         if record.predictions:
             tags["mlflow.loggedArtifacts"] = json.dumps([{"path": runs.PREDICTIONS, "type": "table"}])
-        run = self._create_run(client, experiment, record.cycle_id, tags, record.started_at)
+        run = self._cycle_run(client, experiment, record.cycle_id, tags, record.started_at)
         run_id = run.info.run_id
         mlflow_client.log_params(client, run_id, record.params)
         mlflow_client.log_metrics(client, run_id, runs.points(record), runs.milliseconds(record.finished_at))
@@ -315,7 +315,7 @@ class Registry:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _create_run(
+    def _cycle_run(
         self,
         client: Any,
         experiment: str,
@@ -323,13 +323,17 @@ class Registry:
         tags: Mapping[str, str],
         started_at: datetime | None,
     ) -> Any:
-        own = {STORE_TAG: self._store_id, CYCLE_TAG: str(cycle_id), "mlflow.source.name": "holdfast"}
+        own = {**tags, CYCLE_TAG: str(cycle_id)}
+        return self._create_run(client, experiment, f"cycle-{cycle_id}", own, started_at)
+
+    def _create_run(
+        self, client: Any, experiment: str, name: str, tags: Mapping[str, str], at: datetime | None = None
+    ) -> Any:
+        own = {STORE_TAG: self._store_id, "mlflow.source.name": "holdfast"}
+        start = runs.milliseconds(at)
         with mlflow_client.asked_once():
             return client.create_run(
-                experiment,
-                run_name=f"cycle-{cycle_id}",
-                start_time=runs.milliseconds(started_at),
-                tags=runs.tags({**tags, **own}),
+                experiment, run_name=name, start_time=start, tags=runs.tags({**tags, **own})
             )
 
     def _finish(self, client: Any, run_id: str, status: str, at: datetime | None) -> None:
@@ -341,9 +345,8 @@ class Registry:
         found = self._runs(client, experiment, {STREAM_TAG: "true"})
         if found:
             return str(found[0].info.run_id)
-        tags = {STORE_TAG: self._store_id, STREAM_TAG: "true", "mlflow.source.name": "holdfast"}
-        with mlflow_client.asked_once():
-            return str(client.create_run(experiment, run_name="stream", tags=tags).info.run_id)
+        run = self._create_run(client, experiment, "stream", {STREAM_TAG: "true"})
+        return str(run.info.run_id)
 
     def _ensure_model(self, client: Any) -> None:
         if not client.search_registered_models(filter_string=f"name = '{self._bot}'"):

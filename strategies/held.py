@@ -20,7 +20,7 @@ class Held(Method):
     @property
     @abstractmethod
     def strength(self) -> float:
-        """λ: losing all that an experience taught costs half of it, in nats."""
+        """λ: taking the adapter back to zero costs half of it, in nats, by each experience."""
 
     def load(self, state: Path) -> None:
         super().load(state)

@@ -75,7 +75,7 @@ class Rehearsal(Method):
         if self.policy.measures:
             examples = self.on_offer | {example.row_hash: example for example in new}
             losses = row_losses(strategy, [examples[row] for row in self.memory.hashes])
-            self.memory = replay_policies.respaced(self.memory.measured(losses))
+            self.memory = replay_policies.respaced(self.memory.measured(losses), strategy.rehearsed)
 
     def midway(self) -> dict[str, Tensor]:
         return dict(self.features.found) if self.features else {}

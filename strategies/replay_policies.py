@@ -6,7 +6,7 @@ seen; `hardest` and `spaced` keep as `balanced` does, and draw by what was forgo
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -127,10 +127,11 @@ def draw_due(memory: Memory, count: int, seed: Seed, epoch: int) -> list[str]:
     return draw_equally(replace(memory, tasks=due), max(1, round(wanted)), seed, epoch)
 
 
-def respaced(memory: Memory) -> Memory:
-    """The turns after an experience, as Leitner's boxes have it (Amiri et al. 2017, "Repeat before
-    forgetting", EMNLP): a task that was rehearsed and retained waits twice as long, one whose mean loss
-    rose by more than `FORGOTTEN` is due next time.
+def respaced(memory: Memory, rehearsed: Collection[str]) -> Memory:
+    """The turns after an experience that rehearsed these rows, as Leitner's boxes have it (Amiri et al. 2017,
+    "Repeat before forgetting", EMNLP): a task that was rehearsed and retained waits twice as long, one whose
+    mean loss rose by more than `FORGOTTEN` is due next time; so is one that was due and of which nothing was
+    drawn.
     """
     spacing = {}
     for task, rows in sorted(memory.tasks.items()):
@@ -140,9 +141,11 @@ def respaced(memory: Memory) -> Memory:
             spacing[task] = Spacing()
         elif now.wait > 1:
             spacing[task] = replace(now, wait=now.wait - 1)
-        else:
+        elif rows.keys() & rehearsed:
             longer = min(2 * now.interval, LONGEST_INTERVAL)
             spacing[task] = Spacing(interval=longer, wait=longer)
+        else:
+            spacing[task] = now
     return replace(memory, spacing=spacing)
 
 

@@ -1,6 +1,6 @@
 """Synaptic intelligence: what brought the loss down while old answers were learned is held.
 
-    loss(θ) + λ/2 Σₜ Ωₜ (θ − θₜ)²,   Ωₜ = ωₜ / (Δₜ² + ξ),   ω = −Σ_steps ∂loss/∂θ · δθ
+    loss(θ) + λ/2 Σₜ Ωₜ (θ − θₜ)²,   Ωₜ = max(ωₜ, 0) / (Δₜ² + ξ),   ω = −Σ_steps ∂loss/∂θ · δθ
 
 Zenke et al. 2017 (arXiv 1703.04200), who hold the sum of all Ωₜ at the last θ; here each experience is held
 at its own end, as in EWC. The importances fall out of the training itself and cost no pass over the rows:

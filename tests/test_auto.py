@@ -1,5 +1,6 @@
 """`strategy = "auto"`: trainings are real, what they answer on validation rows is scripted."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
-from daemon import report
+from daemon import auto, report
 from daemon.auto import Trial, affordable, best, reason
 from daemon.executor import OnProgress, Stop
 from storage.artifacts import atomic_dir, made_for
@@ -143,6 +144,16 @@ def test_trials_end_with_the_budget(bot: Bot) -> None:
     (candidate,) = bot.store.candidates(cycle.id)
     assert script(bot).trained == [NAMES[0], *NAMES[:2]]
     assert f"{NAMES[2]}: not tried, strategy.auto_minutes is 60" in (candidate.change or "")
+
+
+def test_a_trial_that_failed_has_spent_of_the_budget_too(bot: Bot, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(bot).broken = {NAMES[0]: StageError("memory ran out")}
+    script(bot).seconds = 10 * 60.0
+    monkeypatch.setattr(auto, "monotonic", itertools.count(0, 55 * 60).__next__)
+    cycle = bot.run()
+    assert f"{NAMES[2]}: not tried, strategy.auto_minutes is 60" in (
+        bot.store.candidates(cycle.id)[0].change or ""
+    )
 
 
 def test_one_training_that_fills_the_budget_is_not_examined_for_nothing(bot: Bot) -> None:

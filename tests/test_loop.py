@@ -133,6 +133,14 @@ def test_a_validation_loss_that_is_not_finite_stops_the_training(base: Path, tmp
         learner.validate()
 
 
+def test_dropout_rests_while_rows_are_validated(base: Path, tmp_path: Path) -> None:
+    learner = trainings.learner(base, tmp_path, dropout=0.5)
+    rows = trainings.experience(learner, lesson("a", 4)).new
+    learner.experience = LanguageExperience(new=rows, validation=rows)
+    assert learner.validate() == learner.validate()
+    assert learner.model.training
+
+
 def test_weights_decay_as_asked(base: Path, tmp_path: Path) -> None:
     """AdamW's: apart from the step that the gradient makes."""
     ends = []

@@ -1,6 +1,8 @@
 """The quality benchmark: what its streams promise, runs that are interrupted, records, and pages."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ from benchmarks.quality.run import run
 from benchmarks.quality.streams import Stream
 from benchmarks.quality.summary import MixedRecords, boards, growth
 from benchmarks.sampling import balanced
+from daemon import config
+from daemon.experience import lora_spec, strategy_spec, train_spec
 from storage.errors import Interrupted
 from storage.rows import Row, Split
+from strategies.contract import LoraSpec, TrainSpec
 from strategies.metrics import measured
 from strategies.text import Prompter
 from tests.trainings import StopAfter
@@ -174,7 +179,7 @@ def test_all_methods_run_once_the_winners_everywhere_and_trials_when_they_are_as
     assert {p.group for p in quality if p.contender not in plan.WINNERS} == {"clinc-given-seed0"}
     for name in plan.WINNERS:
         assert {p.group for p in quality if p.contender == name} == everywhere
-    assert not any(CONTENDERS[p.contender].trial for p in found)
+    assert not any(CONTENDERS[p.contender].trial for p in quality)
     assert plan.plans(Choice(size="wide", contenders=["replay5-both"]))
     asked = plan.plans(Choice(size="wide", streams=["clbench"], contenders=["stock-peft"]))
     assert {p.order for p in asked} == {"order4", "order6"}
@@ -319,7 +324,7 @@ def test_a_page_is_made_from_records_alone(tmp_path: Path) -> None:
     assert "| `naive` | 65.0 ± 7.1 | -70.0 ± 14.1 |" in text
     assert text.index("seeds 0, 1") < text.index("### toy, order given, seed 0 (size small)")
     assert "| `naive` | 60.0 | -80.0 |" in text, "beside those that ran one seed, that seed alone"
-    assert "| 1.40 | 10 (5.0%) | 0.00 MB | 1 |" in text
+    assert "| 1.40 | 1.00 | 10 (5.0%) | 0.00 MB | 1 |" in text
     assert r"did not run: ValueError: no \| such thing" in text
     assert "Best is `replay` with 99.0, 1.0 points below joint training, in 1.40 x naive's time" in text
     assert "is met by `replay`." in text
@@ -341,6 +346,83 @@ def test_what_hardly_helps_is_named_and_both_spaces_of_ewc_are_compared() -> Non
     said = "\n".join(conclusions.lines(board))
     assert "Within 5 points of naive, or below: `ewc` 64.0, `si` 50.0." in said
     assert "`ewc-lora` 80.0, forgetting 40.0, state 0.0 MB; `ewc` 64.0, forgetting 72.0" in said
+
+
+def test_a_part_of_the_target_that_was_not_measured_is_not_called_missed() -> None:
+    untimed = replace(told("lwf", 1.0, 100), date="2026-01-02")
+    (board,) = boards([told("naive", 0.0, 100), told("joint", 1.0, 90), untimed, told("si", 1.0, 190)])
+    said = "\n".join(conclusions.lines(board))
+    assert "met by none; all but one part: `lwf` (fast not measured), `si` (fast missed)." in said
+
+
+def test_everybody_is_held_to_the_newest_answer() -> None:
+    def renamed(name: str, accuracy: float, newest: float) -> RunRecord:
+        extras = {"changed_accuracy": newest, "stale_share": 1 - newest, "unchanged_accuracy": 0.5}
+        return replace(told(name, accuracy, 100), extras=extras)
+
+    (board,) = boards([renamed("ewc", 0.5, 1.0), renamed("si", 0.7, 0.9), told("lwf", 0.6, 100)])
+    said = "\n".join(conclusions.lines(board))
+    assert (
+        "answers: `si` gives the newest to 90.0 % of the changed questions, the stale one to 10.0 %" in said
+    )
+    assert "; `ewc` gives the newest to 100.0 %" in said
+
+
+def test_what_a_method_keeps_in_memory_is_set_beside_naive(tmp_path: Path) -> None:
+    found = told("ewc", 0.5, 100)
+    found = replace(found, lessons=(replace(found.lessons[0], peak_rss=3 * 10**9), *found.lessons[1:]))
+    for record in (told("naive", 0.5, 100), found):
+        records.save(record, tmp_path / "records")
+    pages.update(tmp_path / "page.md", "small", tmp_path / "records")
+    assert "| 1.00 | 3.00 | 0 |" in (tmp_path / "page.md").read_text()
+
+
+def test_a_cost_that_grows_is_named_with_whose_it_is() -> None:
+    flat, grows = (told(name, 0.5, 100) for name in ("ewc", "replay"))
+    lesson = grows.lessons[0]
+    steps = [replace(lesson, state_bytes=1000 + 100 * n) for n in range(6)]
+    (board,) = boards([replace(flat, lessons=(lesson,) * 6), replace(grows, lessons=tuple(steps))])
+    state, *others = conclusions.growths(board)
+    assert state == (
+        "- The state (kB) grows, in shares of its beginning an experience: `replay` +8.3%. Flat: `ewc`."
+    )
+    assert len(others) == 4
+    assert all("is flat for all" in told for told in others)
+
+
+def test_a_page_names_the_command_that_measures_all_that_it_shows(tmp_path: Path) -> None:
+    for record in (told("naive", 0.5, 100), told("ewc", 0.5, 100), told("replay-bounded", 0.5, 100)):
+        records.save(record, tmp_path / "records")
+    pages.update(tmp_path / "page.md", "small", tmp_path / "records")
+    text = (tmp_path / "page.md").read_text()
+    assert "--orders given \\\n  --seeds 0 --contenders naive,replay-bounded,ewc\n" in text
+
+
+def test_the_command_runs_what_is_asked_for_writes_the_page_and_goes_on_from_its_records(
+    tmp_path: Path,
+) -> None:
+    page, folder = tmp_path / "page.md", tmp_path / "records"
+    sizes = ["--domains", "2", "--rows", "8", "--validation", "4", "--suite", "4", "--train", "epochs=1"]
+    asked = ["--streams", "toy", "--orders", "given", "--seeds", "0", "--contenders", "naive,joint,replay5"]
+    places = ["--out", tmp_path / "out", "--records", folder, "--page", page]
+
+    def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "benchmarks.quality", *map(str, arguments)]
+        return subprocess.run(line, check=False, capture_output=True, text=True, timeout=300)
+
+    def made() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+
+    ran = command(*asked, *sizes, *places, "--jobs", 2)
+    assert ran.returncode == 0, ran.stderr
+    first, text = made(), page.read_text()
+    assert set(first) == {f"toy-given-seed0-{name}.json" for name in ("naive", "joint", "replay5")}
+    assert "### toy, order given, seed 0 (size small)" in text
+    assert command(*asked, *sizes, *places).returncode == 0
+    assert (made(), page.read_text()) == (first, text)
+    assert command(*asked, *sizes, *places, "--list").stdout.count("recorded") == 3
+    refused = command("--size", "wide", "--streams", "clinc", *places)
+    assert (refused.returncode, "pass --clinc DIR" in refused.stderr) == (1, True)
 
 
 def test_the_best_and_joint_training_are_compared_among_the_labels_too() -> None:
@@ -421,8 +503,16 @@ def test_a_cost_that_grows_has_a_slope_and_the_first_experience_does_not_count()
 def test_every_contender_has_specs_that_exist() -> None:
     for contender in CONTENDERS.values():
         planned = one(contender.name)
-        assert planned.specs()[1].epochs == 2
+        assert planned.specs()[1].epochs == (4 if contender.name == "as-shipped" else 2)
         assert "/" not in contender.name
+
+
+def test_what_is_measured_as_shipped_is_what_a_bot_gets_that_sets_nothing() -> None:
+    settings = config.load(Path(__file__).parent.parent / "config.toml")
+    strategy, training, lora = CONTENDERS["as-shipped"].specs(TrainSpec(), LoraSpec())
+    assert strategy == strategy_spec(settings)
+    assert training == train_spec(settings)
+    assert lora == lora_spec(settings)
 
 
 def test_streams_know_when_their_tasks_come() -> None:

@@ -160,20 +160,26 @@ def test_a_task_that_is_retained_rests_twice_as_long_and_a_forgotten_one_is_due(
     memory = remember(rows("a", 4), rows("b", 4), size=8)
     turns = []
     for _ in range(8):
-        memory = respaced(measured(memory, {"a": 0.0, "b": 2 * FORGOTTEN}))
+        memory = respaced(measured(memory, {"a": 0.0, "b": 2 * FORGOTTEN}), memory.hashes)
         turns.append((memory.spacing["a"].interval, memory.spacing["a"].wait, memory.spacing["b"].interval))
     assert turns == [(1, 1, 1), (2, 2, 1), (2, 1, 1), (4, 4, 1), (4, 3, 1), (4, 2, 1), (4, 1, 1), (8, 8, 1)]
     for _ in range(60):
-        memory = respaced(measured(memory, {"a": 0.0, "b": 0.0}))
+        memory = respaced(measured(memory, {"a": 0.0, "b": 0.0}), memory.hashes)
     assert memory.spacing["a"].interval == LONGEST_INTERVAL
-    assert respaced(measured(memory, {"a": 1.0, "b": 0.0})).spacing["a"] == Spacing()
+    assert respaced(measured(memory, {"a": 1.0, "b": 0.0}), memory.hashes).spacing["a"] == Spacing()
 
 
 def test_a_task_is_forgotten_by_the_mean_of_its_rows_and_not_by_one_of_them() -> None:
-    memory = respaced(remember(rows("a", 4), size=4))
+    memory = respaced(remember(rows("a", 4), size=4), ())
     memory = memory.measured(dict.fromkeys(memory.hashes, 1.0))
     one = memory.measured({memory.hashes[0]: 1.0 + 3 * FORGOTTEN})
-    assert respaced(one).spacing["a"] == Spacing(interval=2, wait=2)
+    assert respaced(one, one.hashes[:1]).spacing["a"] == Spacing(interval=2, wait=2)
+
+
+def test_a_task_that_was_due_and_not_drawn_stays_due() -> None:
+    memory = respaced(remember(rows("a", 4), rows("b", 4), size=8), ())
+    memory = respaced(measured(memory, {"a": 0.0, "b": 0.0}), memory.tasks["b"])
+    assert memory.spacing == {"a": Spacing(), "b": Spacing(interval=2, wait=2)}
 
 
 def test_only_tasks_that_are_due_are_rehearsed_and_cost_time() -> None:

@@ -120,10 +120,12 @@ def state(out: str | Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(result_files(out)["state"].iterdir())}
 
 
-def learner(base: Path, work: Path, methods: Sequence[Any] = (), **changes: Any) -> Learner:
+def learner(
+    base: Path, work: Path, methods: Sequence[Any] = (), *, dropout: float = 0.0, **changes: Any
+) -> Learner:
     """A learner with a fresh adapter, for a look at single steps; `changes` replace fields of the spec."""
     loaded = load_base(tiny_model_spec(base))
-    model = fresh_adapter(loaded, LoraSpec(rank=2, alpha=4), seed=0)
+    model = fresh_adapter(loaded, LoraSpec(rank=2, alpha=4, dropout=dropout), seed=0)
     for parameter in trainable(model).values():  # B is zero at first, which hides half of the gradients
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     spec = replace(SPEC, **changes)

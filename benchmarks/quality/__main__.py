@@ -45,6 +45,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _works(options: argparse.Namespace, chosen: Sequence[Plan]) -> list[Work]:
     places = Places(clinc=options.clinc, clbench=options.clbench)
+    for one in chosen:
+        if records.find(one, options.records) is None:
+            places.of(one.stream)  # missing data are told before a base is made ready
     out = options.out.resolve()
     models = {base: _base(base, out) for base in {one.base for one in chosen}}
     return [

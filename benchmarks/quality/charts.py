@@ -45,7 +45,9 @@ def time_against_accuracy(board: Board) -> Figure:
                 xytext=(5, 3),
             )
     axes.set(xlabel="CPU time of training (x naive)", ylabel="average accuracy at the end (points)")
-    axes.set_title(f"{board.stream}, order {board.order}")
+    untimed = [entry.name for entry in board.measured if entry.time is None]
+    left_out = f"\nnot timed beside naive: {', '.join(untimed)}" if untimed else ""
+    axes.set_title(f"{board.stream}, order {board.order}{left_out}", wrap=True)
     axes.margins(0.15)
     return figure
 

@@ -1,5 +1,7 @@
 """Sentences about a board, computed from its numbers: nothing here is written by hand. Pure."""
 
+from collections.abc import Mapping
+
 from benchmarks.quality.summary import JOINT, NAIVE, Board, Entry, costs, growth
 
 # What a method should reach to be the default.
@@ -8,6 +10,7 @@ FORGETS = 0.02
 TIME = 1.5  # x naive
 MEMORY = 0.05  # of the rows seen
 HARDLY = 0.05  # of average accuracy above naive training
+GROWS = 0.01  # of a cost's beginning an experience: what is above is no longer flat
 
 
 def lines(board: Board) -> list[str]:
@@ -26,6 +29,9 @@ def checks(entry: Entry, joint: Entry | None) -> dict[str, bool | None]:
         "fast": _within(time.mean, TIME) if time else None,
         "small": _within(entry.memory_share, MEMORY),
     }
+
+
+_FAILED = {False: "missed", None: "not measured"}
 
 
 def _within(value: float, limit: float) -> bool:
@@ -126,7 +132,7 @@ def _target(board: Board) -> str:
     if whole:
         return f"{told}met by {', '.join(whole)}."
     closest = [
-        f"`{name}` ({', '.join(part for part, holds in parts.items() if not holds)} missed)"
+        f"`{name}` ({', '.join(f'{part} {_FAILED[holds]}' for part, holds in parts.items() if not holds)})"
         for name, parts in found.items()
         if sum(not holds for holds in parts.values()) == 1
     ]
@@ -143,17 +149,16 @@ def _target_memory(board: Board) -> str:
 
 
 def _changed(board: Board) -> str:
-    known = [entry for entry in board.rivals if entry.extra("changed_accuracy")]
-    if not known:
-        return ""
-    best = max(known, key=lambda entry: _extra(entry, "changed_accuracy"))
-    newest, stale, rest = (
-        _points(_extra(best, name)) for name in ("changed_accuracy", "stale_share", "unchanged_accuracy")
-    )
-    return (
-        f"Renamed answers: `{best.name}` gives the newest to {newest} % of the changed questions and the "
-        f"stale one to {stale} %, and is right on {rest} % of the others."
-    )
+    told = [
+        f"`{entry.name}` gives the newest to {newest} % of the changed questions, the stale one to "
+        f"{stale} %, and is right on {rest} % of the others"
+        for entry in board.rivals
+        if entry.extra("changed_accuracy")
+        for newest, stale, rest in [
+            [_points(_extra(entry, n)) for n in ("changed_accuracy", "stale_share", "unchanged_accuracy")]
+        ]
+    ]
+    return f"Renamed answers: {'; '.join(told)}." if told else ""
 
 
 def flat(entry: Entry) -> list[str]:
@@ -163,6 +168,23 @@ def flat(entry: Entry) -> list[str]:
         for name, values in costs(entry.runs[0]).items()
         for found in [growth(values)]
     ]
+
+
+def growths(board: Board) -> list[str]:
+    """For each cost: where it grows, and that it is flat elsewhere."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in board.measured:
+        for cost, values in costs(entry.runs[0]).items():
+            found.setdefault(cost, {})[entry.name] = growth(values).relative
+    return [f"- {_growth(cost, slopes)}" for cost, slopes in found.items()]
+
+
+def _growth(cost: str, slopes: Mapping[str, float]) -> str:
+    grows = ", ".join(f"`{name}` {slope:+.1%}" for name, slope in slopes.items() if slope > GROWS)
+    if not grows:
+        return f"The {cost} is flat for all: it grows by at most {GROWS:.0%} of its beginning an experience."
+    flat = ", ".join(f"`{name}`" for name, slope in slopes.items() if slope <= GROWS)
+    return f"The {cost} grows, in shares of its beginning an experience: {grows}. Flat: {flat or 'none'}."
 
 
 def _extra(entry: Entry, name: str) -> float:

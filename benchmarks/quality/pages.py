@@ -6,9 +6,9 @@ from pathlib import Path
 from benchmarks import tables
 from benchmarks.contenders import CONTENDERS
 from benchmarks.quality import charts, conclusions, records
-from benchmarks.quality.plan import ORDERS, PRESETS
+from benchmarks.quality.plan import ORDERS, PRESETS, Choice, plans
 from benchmarks.quality.records import RunRecord
-from benchmarks.quality.summary import Board, Entry, Stat, boards
+from benchmarks.quality.summary import NAIVE, Board, Entry, Stat, boards
 from storage.artifacts import write_file
 
 METRICS = (  # the columns
@@ -47,7 +47,7 @@ def update(page: Path, size: str, folder: Path = records.FOLDER) -> None:
 
 
 def section(size: str, found: Sequence[Board]) -> str:
-    parts = [f"Size `{size}`: {PRESETS[size].about}.", "", *_who(found)]
+    parts = [f"Size `{size}`: {PRESETS[size].about}. {_cost(found)}", "", *_who(found)]
     for board in found:
         seeds = f"seed{'s' * (len(board.seeds) > 1)} {', '.join(map(str, board.seeds))}"
         title = f"### {board.stream}, order {board.order}, {seeds} (size {size})"
@@ -55,11 +55,18 @@ def section(size: str, found: Sequence[Board]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _cost(found: Sequence[Board]) -> str:
+    """Of all runs; a run may stand on several boards."""
+    runs = {run.plan.name: run for board in found for entry in board.measured for run in entry.runs}
+    hours = sum(run.cpu_seconds for run in runs.values()) / 3600
+    return f"{len(runs)} runs, {hours:.1f} CPU hours of training; the exams come on top."
+
+
 def _board(size: str, board: Board) -> list[str]:
     runs = [run for entry in board.measured for run in entry.runs]
     told = [f"{ABOUT.get(board.stream, board.stream)}. {_how(runs)}"] if runs else []
     if board.stream == GROWTH:
-        return [*told, "", *_growth(board), *_shown(size, board)]
+        return [*told, "", *_growth(board), "", *conclusions.growths(board), *_shown(size, board)]
     table = [_head(board), *(_line(entry, board) for entry in board.entries)]
     return [*told, "", *table, "", *conclusions.lines(board), *_shown(size, board)]
 
@@ -77,8 +84,18 @@ def _how(runs: Sequence[RunRecord]) -> str:
         f"{sizes['suite']} suite rows a task; base `{plan.base}`; "
         f"measured {when} on {_hardware(runs)}, one thread a run.\n\n"
         f"```\npython -m benchmarks.quality --size {plan.size} --streams {plan.stream} --orders {plan.order}"
-        f"{data.get(plan.stream, '')}\n```"
+        f"{data.get(plan.stream, '')}{_asked_for(runs)}\n```"
     )
+
+
+def _asked_for(runs: Sequence[RunRecord]) -> str:
+    """Whom, and which seeds, the command must name because the preset leaves them out."""
+    usual = {plan.name for plan in plans(Choice(size=runs[0].plan.size))}
+    if all(run.plan.name in usual for run in runs):
+        return ""
+    names = [name for name in CONTENDERS if any(run.plan.contender == name for run in runs)]
+    seeds = sorted({run.plan.seed for run in runs})
+    return f" \\\n  --seeds {','.join(map(str, seeds))} --contenders {','.join(names)}"
 
 
 def _hardware(runs: Sequence[RunRecord]) -> str:
@@ -97,7 +114,8 @@ def _extras(board: Board) -> list[str]:
 
 def _head(board: Board) -> str:
     names = ["contender", *(name.replace("_", " ") for name in METRICS)]
-    names += [*(_EXTRAS[name] for name in _extras(board)), "time x naive", "memory rows", "state", "seeds"]
+    names += [_EXTRAS[name] for name in _extras(board)]
+    names += ["time x naive", "peak memory x naive", "memory rows", "state", "seeds"]
     return f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
 
 
@@ -108,7 +126,7 @@ def _line(entry: Entry, board: Board) -> str:
     if any(run.plan.joint for run in entry.runs):  # one experience: nothing to forget or to transfer
         cells = [cells[0], *("" for _ in cells[1:])]
     cells += [_cell(entry.extra(name)) for name in _extras(board)]
-    cells.append(_time(entry))
+    cells += [_time(entry), entry.peak_memory.told(digits=2) if entry.peak_memory else ""]
     cells.append(f"{entry.memory_rows:.0f} ({entry.memory_share:.1%})" if entry.memory_rows else "0")
     cells += [f"{entry.state_bytes / 1e6:.2f} MB", str(len(entry.runs))]
     return f"| `{entry.name}` | {' | '.join(cells)} |"
@@ -137,10 +155,10 @@ def _pictures(size: str, board: Board) -> Mapping[str, bytes]:
     stem = _stem(size, board)
     if board.stream == GROWTH:
         return {f"{stem}-costs.svg": charts.svg(charts.flatness(board.measured))}
-    return {
-        f"{stem}-curve.svg": charts.svg(charts.curves(board)),
-        f"{stem}-time.svg": charts.svg(charts.time_against_accuracy(board)),
-    }
+    found = {f"{stem}-curve.svg": charts.svg(charts.curves(board))}
+    if _is_timed(board):
+        found[f"{stem}-time.svg"] = charts.svg(charts.time_against_accuracy(board))
+    return found
 
 
 def _shown(size: str, board: Board) -> list[str]:
@@ -149,7 +167,13 @@ def _shown(size: str, board: Board) -> list[str]:
         return []
     if board.stream == GROWTH:
         return ["", f"![costs over the experiences]({stem}-costs.svg)"]
-    return ["", f"![average accuracy so far]({stem}-curve.svg)", "", f"![time and accuracy]({stem}-time.svg)"]
+    shown = ["", f"![average accuracy so far]({stem}-curve.svg)"]
+    return [*shown, "", f"![time and accuracy]({stem}-time.svg)"] if _is_timed(board) else shown
+
+
+def _is_timed(board: Board) -> bool:
+    """Whether the time of anybody can be set beside naive's."""
+    return any(entry.time for entry in board.measured if entry.name != NAIVE)
 
 
 def _stem(size: str, board: Board) -> str:

@@ -77,17 +77,17 @@ class Plan(Record):
 
     def load(self, places: "Places") -> Stream:
         """The stream's rows. Joint training learns everything at once."""
-        sizes = Sizes(**self.sizes)
-        if self.stream in ("long", "toy"):
-            found = {"long": synthetic.long, "toy": synthetic.toy}[self.stream](
-                sizes, order=self.order, seed=self.seed
-            )
-        elif self.stream == "clbench":
-            found = clbench.clbench(places.of("clbench"), sizes, order=self.order, seed=self.seed)
+        sizes, folder = Sizes(**self.sizes), places.of(self.stream)
+        if folder is None:
+            found = _INVENTED[self.stream](sizes, order=self.order, seed=self.seed)
         else:
-            make = {"clinc": clinc.clinc, "changing": clinc.changing}[self.stream]
-            found = make(places.of("clinc"), sizes, order=self.order, seed=self.seed)
+            found = _READ[self.stream](folder, sizes, order=self.order, seed=self.seed)
         return found.union() if self.joint else found
+
+
+_INVENTED = {"long": synthetic.long, "toy": synthetic.toy}
+_READ = {"clinc": clinc.clinc, "changing": clinc.changing, "clbench": clbench.clbench}
+_DATA = {"clinc": "clinc", "changing": "clinc", "clbench": "clbench"}  # whose rows a stream reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,11 @@ class Places:
     clinc: Path | None = None
     clbench: Path | None = None
 
-    def of(self, name: str) -> Path:
-        found: Path | None = getattr(self, name)
-        if found is None:
+    def of(self, stream: str) -> Path | None:
+        """None: it needs no data."""
+        name = _DATA.get(stream)
+        found: Path | None = getattr(self, name) if name else None
+        if name and found is None:
             raise MissingData(f"the rows of {name} are needed: pass --{name} DIR, or leave its streams out")
         return found
 
@@ -132,7 +134,16 @@ _TINY_TRAIN = {"learning_rate": 0.01, "batch_size": 4, "epochs": 2, "patience": 
 _TINY_LORA = {"rank": 2, "alpha": 4}
 _LONG = Course(
     sizes=Sizes(domains=50, rows=24, validation=4, suite=8),
-    contenders=("naive", "replay5", "replay5+lwf", "replay5+der", "ewc", "ewc-lora", "olora"),
+    contenders=(
+        "naive",
+        "replay-bounded",
+        "replay5",
+        "replay5+lwf",
+        "replay5+der",
+        "ewc",
+        "ewc-lora",
+        "olora",
+    ),
     base=TINY,
     train=_TINY_TRAIN,
     lora=_TINY_LORA,

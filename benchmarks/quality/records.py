@@ -27,8 +27,9 @@ class Lesson(Record):
     state_bytes: int
     memory_rows: int
     evaluation_seconds: float  # of CPU, per answered row
-    peak_rss: int  # bytes, of the process so far
+    peak_rss: int  # bytes, of the process so far, exams included
     scores: dict[str, float]  # task → mean score of its suite
+    adapter_bytes: int = 0  # 0: not measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,13 @@ class RunRecord(Record):
 
     @property
     def memory_share(self) -> float:
-        """Remembered rows at the end, of all training rows that still hold."""
-        last = self.lessons[-1]
-        return last.memory_rows / last.rows_seen if last.rows_seen else 0.0
+        """Remembered rows at the end, of all training rows seen."""
+        seen = sum(lesson.rows for lesson in self.lessons)
+        return self.lessons[-1].memory_rows / seen if seen else 0.0
+
+    @property
+    def peak_rss(self) -> int:
+        return max(lesson.peak_rss for lesson in self.lessons)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunRecord":

@@ -161,6 +161,7 @@ def _lesson(
         evaluation_seconds=watch.seconds_per_row,
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
         scores=scores(answers),
+        adapter_bytes=sum(file.stat().st_size for file in result_files(trained.result)["adapter"].iterdir()),
     )
     write_file(kept, lesson.to_json())
     return lesson, answers

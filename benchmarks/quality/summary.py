@@ -59,6 +59,16 @@ class Entry:
         return self._stat(ratio)
 
     @property
+    def peak_memory(self) -> Stat | None:
+        """Of the process, exams included, times naive's of the same seed."""
+
+        def ratio(run: RunRecord) -> float | None:
+            naive = self.naive.get(run.plan.seed)
+            return run.peak_rss / naive.peak_rss if naive is not None else None
+
+        return self._stat(ratio)
+
+    @property
     def memory_rows(self) -> float:
         return statistics.fmean(run.lessons[-1].memory_rows for run in self.runs)
 
@@ -228,6 +238,7 @@ def costs(run: RunRecord) -> dict[str, list[float]]:
     lessons = run.lessons
     return {
         "state (kB)": [lesson.state_bytes / 1e3 for lesson in lessons],
+        "adapter (kB)": [lesson.adapter_bytes / 1e3 for lesson in lessons],
         "CPU time of a step (ms)": [1e3 * lesson.cpu_seconds / max(lesson.steps, 1) for lesson in lessons],
         "CPU time of an answer (ms)": [1e3 * lesson.evaluation_seconds for lesson in lessons],
         "peak memory of the process (MB)": [lesson.peak_rss / 1e6 for lesson in lessons],
