@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 from daemon import audit, operations
+from storage.records import State
 from storage.store import Store
 from tests.bots import fresh_mlflow, write_config
 from tests.daemons import DaemonProcess, command
@@ -85,36 +86,56 @@ def running(home: Path, base: Path, *, real: bool) -> Iterator[DaemonProcess]:
 
 
 def soak(daemon: DaemonProcess, cycles: int) -> Iterator[Weight]:
-    """Rows come, cycles run; some are cancelled, joined or rolled back in the middle."""
+    """Rows come and cycles run. In the middle of some, more rows come, or they are cancelled, joined, or the
+    champion is rolled back under them."""
+    cancelled = 0
     for number in range(1, cycles + 1):
-        told = daemon.call("ingest", paths=[str(lesson(daemon.config_path.parent, number))])
-        assert told["accepted"] == 2 * ROWS, told
+        ingest(daemon, f"{number}", number)
         cycle = daemon.retrain()
         if number % 7 == 3:
+            in_training(daemon, cycle)
             daemon.call("cancel", cycle=cycle)
-            assert daemon.ended(cycle)["state"] in ("cancelled", "promoted", "rejected")
+            ended = daemon.ended(cycle)
+            assert ended["state"] in ("cancelled", "promoted", "rejected"), ended
+            cancelled += ended["state"] == "cancelled"
             cycle = daemon.retrain()
         if number % 5 == 2:
             daemon.retrain()  # joins, or is queued and finds nothing to do
+        if number % 4 == 1:
+            in_training(daemon, cycle)
+            ingest(daemon, f"{number}b", number + 1)
+        if number % 11 == 6 and daemon.call("status")["champion"]:
+            in_training(daemon, cycle)
+            daemon.call("rollback", why="soak")
         ended = daemon.ended(cycle)
         assert ended["state"] in ("promoted", "rejected", "nothing-to-do"), ended
-        if number % 11 == 6 and daemon.call("status")["champion"]:
-            daemon.call("rollback", why="soak")
         daemon.until(lambda told: not told["unfinished"])
         while (told := daemon.call("prune", dry_run=True))["removals"] or told["left"]:
             time.sleep(0.02)
         yield weigh(daemon, number)
+    assert cancelled or cycles < 3, "no cancellation met its cycle"
 
 
-def lesson(home: Path, number: int) -> Path:
+def in_training(daemon: DaemonProcess, cycle: int) -> None:
+    """Waits until the cycle trains, or is past it."""
+    before = (State.REQUESTED, State.PULLED)
+    daemon.until(lambda told: not any(c["id"] == cycle and c["state"] in before for c in told["unfinished"]))
+
+
+def ingest(daemon: DaemonProcess, name: str, number: int) -> None:
+    told = daemon.call("ingest", paths=[str(lesson(daemon.config_path.parent, name, number))])
+    assert told["accepted"] == 2 * ROWS, told
+
+
+def lesson(home: Path, name: str, number: int) -> Path:
     """A file of new rows of one task. No two have the same words: they would share a split."""
-    path, task = home / f"rows-{number}.jsonl", f"task {number % TASKS}"
+    path, task = home / f"rows-{name}.jsonl", f"task {number % TASKS}"
     splits = ["train"] * ROWS + ["validation"] * (ROWS // 2) + ["suite"] * (ROWS - ROWS // 2)
     rows = [
         {
-            "id": f"{number}-{n}",
+            "id": f"{name}-{n}",
             "task": task,
-            "question": f"what is {number}x{n}",
+            "question": f"what is {name}x{n}",
             "answer": f"it is {n}",
         }
         | {"split": split}

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ import duckdb
 import pytest
 
 from storage import files, intake
+from storage.errors import SourceBusy
 from storage.sources import Columns, DuckDBSource, SourceSpec
 from storage.store import Store
 from tests import collector, soak
@@ -33,6 +34,8 @@ WARM = range(10**6, 10**6 + 20)  # rows that are there before the collector star
 FEW = 6  # pulls, at least
 # How many times as long a pull may take when somebody writes 200 rows a second meanwhile.
 SLOWDOWN = 10.0
+# How many times as long as its longest opening alone, or the collector's, the daemon may hold the file.
+LONGER = 20.0
 
 
 @contextmanager
@@ -108,6 +111,7 @@ def test_a_collector_that_never_stops_loses_no_row_and_waits_little(tmp_path: Pa
     assert found == sorted(f"c{n}" for n in [*range(written), *WARM]), "no row lost, none twice"
     assert sum(one.accepted for one in pulls(times)) == len(found)
     assert soak.findings(daemon) == []
+    assert longest(beside) <= LONGER * max(longest(calm), alone["worst"])
     # It may meet the daemon at an opening, and waits for that one then; most of the time it meets nobody.
     assert watched["worst"] <= 5 * longest(beside) + 10 * alone["worst"]
     assert watched["median"] <= 10 * alone["median"] + longest(beside) / 10
@@ -177,23 +181,38 @@ def test_an_inbox_of_parquet_files_hands_over_every_row_once(tmp_path: Path) -> 
 
 
 def test_rotated_files_are_read_while_the_newest_is_held_open(tmp_path: Path) -> None:
-    """The collector writes today's file and never closes it; the link points to the last that is closed."""
+    """The collector closes a file only to begin the next; the link points to the last that is closed."""
     link = tmp_path / "qa.duckdb"
-    total = 0
-    with Store.open(tmp_path / "store.duckdb") as store:
+    with Store.open(tmp_path / "store.duckdb") as store, ExitStack() as files_held:
+        files_held.enter_context(held_open(tmp_path / "qa-0.duckdb", 0))
         for day in range(3):
-            closed, held = tmp_path / f"qa-{day}.duckdb", tmp_path / f"qa-{day + 1}.duckdb"
-            _rows(closed, day * 100).close()
+            files_held.close()  # what was today's is yesterday's
+            today = tmp_path / f"qa-{day + 1}.duckdb"
+            files_held.enter_context(held_open(today, (day + 1) * 100))
+            with pytest.raises(SourceBusy):
+                pull(today, store, busy_timeout=0.0)
             aside = tmp_path / ".link"
-            aside.symlink_to(closed)
+            aside.symlink_to(tmp_path / f"qa-{day}.duckdb")
             aside.rename(link)
-            total += 100
-            open_for_ever = _rows(held.with_suffix(".open"), 0)
-            try:
-                pull(link, store)
-            finally:
-                open_for_ever.close()
-        assert stored(store) == sorted(f"r{n}" for n in range(total))
+            assert pull(link, store).accepted == 100
+        assert stored(store) == sorted(f"r{n}" for n in range(300))
+
+
+@contextmanager
+def held_open(path: Path, first: int) -> Iterator[None]:
+    """A process that has written rows into a file and keeps it open."""
+    script = (
+        "import sys, pathlib; from tests.test_collector import _rows\n"
+        "connection = _rows(pathlib.Path(sys.argv[1]), int(sys.argv[2]))\n"
+        "print('open', flush=True); sys.stdin.read(); connection.close()"
+    )
+    command = [sys.executable, "-c", script, str(path), str(first)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        yield
+        process.communicate()
 
 
 def test_a_pull_ends_with_the_file_that_it_began_with(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """The documents say what is true: files exist, commands exist, settings exist."""
 
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 import typer.main
 
+from benchmarks.quality import records
 from daemon import cli, settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,3 +85,34 @@ def test_make_targets_that_the_readme_names_exist() -> None:
 def test_ci_runs_the_readmes_own_test_command() -> None:
     assert "make test" in (ROOT / ".ci/run").read_text()
     assert "make test" in (ROOT / "README.md").read_text()
+
+
+def test_the_tests_that_the_reliability_page_names_exist() -> None:
+    text = (ROOT / "docs/reliability.md").read_text()
+    written = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_[a-z0-9_]+?)_?…?`", text))
+    assert len(named) > 30
+    assert {name for name in named if f"def {name}" not in written} == set()
+
+
+def test_what_the_readme_says_of_the_benchmarks_is_on_record() -> None:
+    said = re.search(
+        r"default methods end at (\S+) .*?naive training\s+ends at (\S+) .*?at once at (\S+), .*?"
+        r"ten domains (\S+) of (\S+), .*?tuned\s+on (\S+) of (\S+),",
+        (ROOT / "README.md").read_text(),
+        flags=re.DOTALL,
+    )
+    assert said is not None
+
+    def accuracy(size: str, order: str, name: str, seeds: tuple[int, ...] = (0,)) -> str:
+        found = [record for record in records.all_of(size) if record.plan.stream == "clinc"]
+        one = [r for r in found if (r.plan.order, r.plan.contender) == (order, name) and r.plan.seed in seeds]
+        assert len(one) == len(seeds)
+        return f"{100 * statistics.fmean(r.metrics['average_accuracy'] or 0 for r in one):.1f}"
+
+    ours, three = "replay5-thinned+lwf-faster", (0, 1, 2)
+    assert said.groups() == (
+        *(accuracy("wide", "given", name, three) for name in (ours, "naive", "joint")),
+        *(accuracy("ten", "given", name) for name in (ours, "joint")),
+        *(accuracy("ten", "shuffled", name) for name in (ours, "joint")),
+    )

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -85,36 +86,53 @@ def good(suffix: str, folder: Path) -> bytes:
 
 
 # `$` becomes the row's number, so that each is bad in its own way only.
-BAD = (
-    b'{"id": "$", "question": "q"',  # cut off
-    b'{"id": "$", "question": "\xff\xfe", "answer": "a"}',  # another encoding
-    b'{"id": "$", "question": "nul \\u0000", "answer": "a"}',
-    b'{"id": "$", "question": ["q"], "answer": "a"}',
-    b'{"question": "q $", "answer": "a"}',
-    b"id;question;answer;$",
+BAD_JSON = {
+    b'{"id": "$", "question": "q"': "unreadable",  # cut off
+    b'{"id": "$", "question": "\xff\xfe", "answer": "a"}': "invalid-utf8",  # another encoding
+    b'{"id": "$", "question": "nul \\u0000", "answer": "a"}': "invalid-text",
+    b'{"id": "$", "question": ["q"], "answer": "a"}': "wrong-type",
+    b'{"question": "q $", "answer": "a"}': "missing-id",
+    b"id;question;answer;$": "unreadable",
+}
+BAD_CSV = {
+    b"$,q,a": "unreadable",
+    b"$,q,a,t,more": "unreadable",
+    b'$,"q" x,a,t': "unreadable",
+    b"$,q \xff,a,t": "invalid-utf8",
+    b"$,nul \0,a,t": "invalid-text",
+    b",q $,a,t": "missing-id",
+    b"$,,a,t": "empty-question",
+}
+GOOD_JSON = b'{"id": "%d", "question": "q %d", "answer": "a", "task": "t"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "good", "bad"),
+    [
+        ("x.jsonl", b"", GOOD_JSON, BAD_JSON),
+        ("x.csv", b"id,question,answer,task\n", b"%d,q %d,a,t", BAD_CSV),
+    ],
 )
-
-
-def test_one_bad_row_in_a_hundred_costs_itself_and_every_row_is_accounted_for(tmp_path: Path) -> None:
-    path, bad = tmp_path / "x.jsonl", 0
+def test_one_bad_row_in_a_hundred_costs_itself_and_every_row_is_accounted_for(
+    tmp_path: Path, name: str, head: bytes, good: bytes, bad: dict[bytes, str]
+) -> None:
+    path, damage, count = tmp_path / name, itertools.cycle(bad), 0
     with path.open("wb") as file:
+        file.write(head)
         for n in range(MANY):
-            if n % 100 == 7:
-                file.write(BAD[bad % len(BAD)].replace(b"$", b"%d" % n) + b"\n")
-                bad += 1
-            else:
-                file.write(b'{"id": "%d", "question": "q %d", "answer": "a", "task": "t"}\n' % (n, n))
+            is_bad = n % 100 == 7
+            count += is_bad
+            file.write(next(damage).replace(b"$", b"%d" % n) if is_bad else good % (n, n))
+            file.write(b"\n")
     with Store.open(tmp_path / "store.duckdb") as store:
         taken = take(read_files([path], Columns()), store, SPEC, shares=(0.1, 0.1), source_name="x")
         again = take(read_files([path], Columns()), store, SPEC, shares=(0.1, 0.1), source_name="x")
         kept = sum(n for splits in store.row_counts().values() for n in splits.values())
-    assert (taken.read, taken.accepted, taken.rejected) == (MANY, MANY - bad, bad)
-    assert kept == MANY - bad
+    assert (taken.read, taken.accepted, taken.rejected) == (MANY, MANY - count, count)
+    assert kept == MANY - count
     assert taken.known == 0
-    assert set(taken.quarantined) == {
-        "unreadable", "invalid-utf8", "invalid-text", "wrong-type", "missing-id"
-    }  # fmt: skip
-    assert (again.accepted, again.rejected, again.quarantined) == (0, bad, {})
+    assert set(taken.quarantined) == set(bad.values())
+    assert (again.accepted, again.rejected, again.quarantined) == (0, count, {})
 
 
 def test_a_csv_with_another_delimiter_than_any_known_is_refused_with_what_was_found(tmp_path: Path) -> None:

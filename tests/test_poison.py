@@ -111,6 +111,18 @@ def test_a_flood_of_one_task_takes_no_room_from_the_others_and_no_veto(tmp_path:
     assert judged == {"colours": False, "flavours": False, "flood": True}, "each for itself"
 
 
+def test_what_a_flood_makes_the_bot_forget_is_a_rejection(tmp_path: Path, base: Path) -> None:
+    unprotected = {"strategy.methods": [], "gate.max_drop": 0.0, "rescue.attempts": 0, "training.epochs": 10}
+    bot = make_bot(tmp_path, base, **unprotected, **{"tasks.colours.kind": "free"})
+    bot.collect(lesson("colours", ("red",)))
+    assert bot.run().state is State.PROMOTED
+    bot.collect(lesson("flood", ("no",), train=300))
+    cycle = bot.run()
+    assert cycle.state is State.REJECTED
+    assert (cycle.reason or "").startswith("colours@v1 went from 100.0 to 0.0")
+    assert bot.registry.alias("champion") == 1
+
+
 @pytest.mark.parametrize(
     ("policy", "learned", "refused"),
     [("newest", ["flipped"], 0), ("quarantine", ["right"], 16), ("both", ["flipped", "right"], 0)],
