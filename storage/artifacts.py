@@ -133,11 +133,12 @@ def atomic_dir(final: str | Path, extra: Mapping[str, Any] | None = None) -> Ite
 
 
 def remove(directory: Path) -> None:
-    """A folder, if it is there, and all that is in it. Raises `OSError` that names the whole path, which
-    `rmtree` does not."""
+    """A folder, if it is there, and all that is in it, so that a power cut does not bring it back. Raises
+    `OSError` that names the whole path, which `rmtree` does not."""
     try:
         if directory.exists():
             shutil.rmtree(directory)
+            fsync(directory.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(directory)) from None
 

@@ -181,6 +181,7 @@ class Registry:
                 elif CYCLE_TAG in run.data.tags:
                     with self._staging() as folder:
                         mlflow_client.remove_lines(client, self._connection.uri, name, rows, folder)
+            artifacts.sync(self._artifact_root)  # or a power cut would bring back what MLflow removed
             for one in mlflow_client.all_versions(client, f"name = '{self._bot}' and {self._ours({})}"):
                 if int(one.tags.get(CYCLE_TAG, 0)) in cycles:
                     for key, value in runs.tags(tags).items():
