@@ -5,6 +5,7 @@
 # make benchmark-quality-small   the quality benchmark on invented rows (minutes)
 # make benchmark-quality CLINC=DIR CLBENCH=DIR   the same on real data (hours); SIZE=wide|ten|full
 # make test-faults FAULTS=500 SEED=1   faults on purpose, an audit after each; FIRST=17 FAULTS=1 repeats one
+# make test-faults SWEEP=1   a process stopped at every named place, in every way; FIRST=40 goes on there
 # make test-soak CYCLES=100      many cycles through one daemon: what grows (minutes)
 # make test-collector MINUTES=10   a collector that writes 200 rows a second while the daemon pulls
 # make audit-dependencies   known vulnerabilities of what constraints.txt pins (needs a network)
@@ -19,7 +20,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 CYCLES ?= 100
 
-FAULTS ?= 60
+FAULTS ?=
 SEED ?= 1
 FIRST ?= 1
 MINUTES ?= 10
@@ -55,8 +56,8 @@ test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(TEST_ARGS)
 
 test-faults: setup
-	$(BIN)/python -m tests.faults --faults $(FAULTS) --seed $(SEED) --first $(FIRST) \
-		$(if $(KIND),--kind "$(KIND)") $(if $(GO_ON),--go-on)
+	$(BIN)/python -m tests.faults --seed $(SEED) --first $(FIRST) $(if $(FAULTS),--faults $(FAULTS)) \
+		$(if $(SWEEP),--sweep) $(if $(KIND),--kind "$(KIND)") $(if $(GO_ON),--go-on)
 
 test-soak: setup
 	$(BIN)/python -m tests.soak --cycles $(CYCLES)

@@ -1,7 +1,8 @@
 """Injects faults, says what came of them: python -m tests.faults --faults 500 --seed 1
 
-Trial n of a seed is always the same; `--first n --faults 1` repeats it. Stops at the first trial that fails
-unless `--go-on` is given, and leaves its bot in the folder.
+Trial n of a seed is always the same; `--first n --faults 1` repeats it. With `--sweep` trial n is not left to
+the dice: it is place after place, before and after it, in every way to stop a process there. Stops at the
+first trial that fails unless `--go-on` is given, and leaves its bot in the folder.
 """
 
 import argparse
@@ -20,14 +21,28 @@ def one(made: bench.Bench, seed: int, number: int, chosen: str | None = None) ->
     drawn = dice.choice(sorted(kinds.KINDS))
     name = chosen or drawn
     trial = made.trial(dice.choice(("new", "taught")), dice)
-    how = kinds.KINDS[name](trial)
+    return name, _over(trial, name, kinds.KINDS[name](trial))
+
+
+def swept(made: bench.Bench, seed: int, number: int) -> tuple[str, bench.Outcome]:
+    """Trial `number` of the sweep. The seed chooses the beginning, and which call of the place it is."""
+    point, dice = kinds.POINTS[number - 1], random.Random(f"{seed}/{number}")
+    trial = made.trial(dice.choice(("new", "taught")), dice)
+    outcome = _over(trial, point.kind, kinds.stop_at(trial, point))
+    if not outcome.went_off:
+        raise bench.Broken(f"nothing came by: {point}")
+    return str(point), outcome
+
+
+def _over(trial: bench.Trial, name: str, how: str) -> bench.Outcome:
+    trial.check_log(worker_may_trace=name in bench.WORKER_MAY_TRACE)
     if name not in kinds.NEEDS_MOUNT:  # those have checked, on the file system that is gone now
         trial.check()
-    return name, bench.Outcome(went_off=trial.went_off(), how=how)
+    return bench.Outcome(went_off=trial.went_off(), how=how)
 
 
-def again(seed: int, number: int, name: str | None = None) -> str:
-    only = f' KIND="{name}"' if name else ""
+def again(seed: int, number: int, name: str | None, sweep: bool) -> str:
+    only = " SWEEP=1" if sweep else f' KIND="{name}"' if name else ""
     return f"make test-faults FAULTS=1 SEED={seed} FIRST={number}{only}"
 
 
@@ -35,31 +50,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--faults", type=int, default=60, help="how many trials")
+    parser.add_argument("--faults", type=int, help="how many trials: 60, or the rest of the sweep")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--first", type=int, default=1, help="the number of the first trial")
     parser.add_argument("--kind", choices=sorted(kinds.KINDS), help="only this kind of fault")
+    parser.add_argument("--sweep", action="store_true", help=f"the {len(kinds.POINTS)} points of the sweep")
     parser.add_argument("--folder", type=Path, default=Path(".bench/faults"))
     parser.add_argument("--go-on", action="store_true", help="after a failure")
     given = parser.parse_args()
+    numbers = range(given.first, given.first + (given.faults or 60))
+    if given.sweep:
+        numbers = range(1, len(kinds.POINTS) + 1)[given.first - 1 :][: given.faults]
     made = bench.Bench(given.folder)
     made.prepare()
     may_mount = bench.can_mount(made.folder)
     table: Counter[tuple[str, str]] = Counter()
     failed = []
     begun = time.monotonic()
-    for number in range(given.first, given.first + given.faults):
+    for number in numbers:
         name, drawn = given.kind or kinds_name(given.seed, number), time.monotonic()
+        if given.sweep:
+            name = kinds.POINTS[number - 1].kind
         if name in kinds.NEEDS_MOUNT and not may_mount:
             table[name, "skipped"] += 1
             continue
         try:
-            name, outcome = one(made, given.seed, number, given.kind)
+            if given.sweep:
+                told, outcome = swept(made, given.seed, number)
+            else:
+                told, outcome = one(made, given.seed, number, given.kind)
         except Exception as error:
             failed.append(number)
             table[name, "failed"] += 1
             print(
-                f"{number:5} {name}: FAILED: {error}\n      {again(given.seed, number, given.kind)}",
+                f"{number:5} {name}: FAILED: {error}\n"
+                f"      {again(given.seed, number, given.kind, given.sweep)}",
                 flush=True,
             )
             if not given.go_on:
@@ -67,7 +92,7 @@ def main() -> int:
             continue
         table[name, outcome.how if outcome.went_off else "missed"] += 1
         how = outcome.how if outcome.went_off else "missed its place"
-        print(f"{number:5} {name}: {how} ({time.monotonic() - drawn:.1f} s)", flush=True)
+        print(f"{number:5} {told}: {how} ({time.monotonic() - drawn:.1f} s)", flush=True)
     print_table(table, time.monotonic() - begun, may_mount)
     return 1 if failed else 0
 

@@ -2,12 +2,14 @@
 
 import json
 import random
+import re
 import shutil
 import sqlite3
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,22 +17,29 @@ from typing import Any
 import duckdb
 from safetensors import safe_open
 
-from daemon import config
+from daemon import cli, config
 from daemon.settings import Settings
 from storage.errors import HoldfastError
 from storage.records import Cycle, State
 from storage.store import Store
 from strategies.contract import result_files
 from tests.bots import FLAVOURS, collect, fresh_mlflow, lesson, write_config
-from tests.daemons import command, environment
+from tests.daemons import SECONDS, command, environment
 from tests.faults import places, power
 from tests.faults.places import Armed
 from tests.faults.warm import WarmDaemon, WarmProcess
 from tests.toys import tiny_base
 
 PATIENCE = 60.0  # seconds in which nothing changes; a trial takes a few
-RESTARTS = 5  # more than a fault that goes off once can ask for
+# How the daemon may end before its cycle has, once, by what is done to it.
+ENDS = {"kill": -9, "term": 0, "power": -9}
+# Kinds in which the worker tells of errors that are the machine's, with a traceback beside the words.
+WORKER_MAY_TRACE = {"out of memory", "disk full"}
 DISK = 48  # MiB, of the file system that a trial may fill
+
+# In the middle of what the champion of `taught` has learned.
+ERASED = ("colours-3",)
+ERASURE = {"why": "a trial", "where": [], "contains": "which one is colours 3", "dry_run": False}
 
 
 class Broken(AssertionError):
@@ -50,6 +59,7 @@ class Bench:
     """One folder in which trials follow one another, each from a copy of the same beginning.
 
     Beginnings: `new` has a prepared base and no cycle yet, `taught` has a champion. Both have rows to learn.
+    What an erasure comes by is counted from `taught`, too.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,6 +86,8 @@ class Bench:
                 if beginning == "new":
                     collect(self.home / "qa.duckdb", lesson("flavours", FLAVOURS))
                     self._keep("taught")
+            self.put_back("taught")
+            self._count("erasing")
             counted.write_text(json.dumps(self.counts))
         self.counts = json.loads(counted.read_text())
 
@@ -94,15 +106,19 @@ class Bench:
         self._keep("new")
 
     def _count(self, beginning: str) -> None:
-        with WarmDaemon(
-            self.home / "config.toml", **Armed(home=str(self.home), deed="count").environment()
-        ) as daemon:
-            ended = daemon.ended(daemon.retrain())
+        counting = Armed(home=str(self.home), deed="count").environment()
+        with WarmDaemon(self.home / "config.toml", **counting) as daemon:
+            if beginning == "erasing":
+                daemon.call("erase", **ERASURE)
+                ended = daemon.ended(2)
+            else:
+                ended = daemon.ended(daemon.retrain())
             daemon.stop()
         assert ended["state"] == "promoted", ended
-        self.counts[beginning] = {}
-        for line in (self.home / "calls").read_text().splitlines():
-            self.counts[beginning][line] = self.counts[beginning].get(line, 0) + 1
+        self.counts[beginning] = counted = Counter((self.home / "calls").read_text().splitlines())
+        lacking = [name for name in places.ERASING if not counted[f"daemon {name}"]]
+        if lacking := places.unvisited(counted) + (lacking if beginning == "erasing" else []):
+            raise Broken(f"calm, from the beginning {beginning!r}, nothing comes by {', '.join(lacking)}")
         for path in ("calls", "daemon.pid", "worker.pid", "daemon.log"):
             (self.home / path).unlink(missing_ok=True)
 
@@ -153,6 +169,8 @@ class Trial:
     home: Path
     counts: dict[str, int]
     settings: Settings
+    fault: Armed | None = None
+    erases: bool = False  # a row that the champion has learned, before anything else
     on_death: Callable[[], None] = lambda: None
     on_wait: Callable[[str], None] = lambda reason: None
     heard: list[str] = field(default_factory=list)  # reasons for which the daemon waited
@@ -170,6 +188,11 @@ class Trial:
     def number(self) -> int:
         """Of the cycle that the trial is about."""
         return 1 if self.beginning == "new" else 2
+
+    def put_back(self, beginning: str) -> None:
+        """Begins with another one than the dice chose."""
+        self.beginning, self.counts = beginning, self.bench.counts[beginning]
+        self.bench.put_back(beginning)
 
     def went_off(self) -> bool:
         return (self.home / "fired").exists()
@@ -190,16 +213,33 @@ class Trial:
             self.extra = fault.environment()
             if fault.deed == "power":
                 power.everything(self.state, self.home / "synced")
-        for start in range(RESTARTS):
-            with self.daemon() as daemon:
-                if start == 0 and not begun:
-                    daemon.retrain()
-                if self._ended(daemon):
-                    break
+        self.fault = fault
+        asked = begun
+        while True:
+            with ExitStack() as stack:
+                stack.push(daemon := self.daemon())  # not entered: it may die before it is ready
+                if self._ended(daemon, ask=not asked):
+                    return self.cycle()
+            self.check_end(daemon.process.wait(SECONDS))
+            asked = self._was_asked()
             self.on_death()
-        else:
-            raise Broken(f"the daemon ended {RESTARTS} times; its log is {self.home / 'daemon.log'}")
-        return self.cycle()
+
+    def _was_asked(self) -> bool:
+        """Whether what the trial asks for is on record. No daemon runs."""
+        if not self.settings.store_path.exists():
+            return False
+        with self.store() as store:
+            if self.erases:
+                return bool(store.erasures())
+            return any(cycle.id >= self.number for cycle in store.cycles(1))
+
+    def check_end(self, code: int) -> None:
+        """That the daemon ended is the fault's work: each of them once, none but those that are meant to."""
+        fault = self.fault
+        meant = fault is not None and (fault.process == "daemon" or fault.deed == "power")
+        if fault is None or not meant or not self.went_off() or code != ENDS.get(fault.deed):
+            raise Broken(f"the daemon ended by itself, with {code}; its log is {self.home / 'daemon.log'}")
+        self.fault = None
 
     def daemon_armed(self, fault: Armed) -> WarmDaemon:
         return WarmDaemon(self.config, **fault.environment())
@@ -207,18 +247,28 @@ class Trial:
     def daemon(self) -> WarmDaemon:
         return WarmDaemon(self.config, **self.extra)
 
-    def _ended(self, daemon: WarmDaemon) -> bool:
+    def _ask(self, daemon: WarmDaemon) -> None:
+        if self.erases:  # which asks for a cycle in the end
+            daemon.call("erase", **ERASURE)
+        else:
+            daemon.retrain()
+
+    def _ended(self, daemon: WarmDaemon, *, ask: bool = False) -> bool:
         """Whether the cycle ended, and the daemon was stopped after that; false when the daemon did first."""
         last, since, tries = None, time.monotonic(), 0
         while time.monotonic() < since + PATIENCE:
             if daemon.process.poll() is not None:
                 return False
             try:
+                if ask:
+                    self._ask(daemon)
+                    ask = False
                 told = daemon.status()
-                unfinished = daemon.call("history", limit=1)["cycles"][0]["state"] in _WORKING
+                newest = daemon.call("history", limit=1)["cycles"]
             except (HoldfastError, OSError):  # it is ending, or its socket is not there yet
                 time.sleep(0.02)
                 continue
+            unfinished = not any(c["id"] >= self.number and c["state"] not in _WORKING for c in newest)
             activity = told["daemon"]["activity"] or {}
             if (activity, unfinished) != last:  # on a busy machine a whole cycle may take longer
                 last, since = (activity, unfinished), time.monotonic()
@@ -229,10 +279,7 @@ class Trial:
                 self.on_wait(waiting["reason"])
                 daemon.call("resume")
             elif not unfinished and activity.get("cycle") is None:
-                code = daemon.stop()
-                if code not in (0, -9):
-                    raise Broken(f"the daemon ended with {code}")
-                return code == 0
+                return daemon.stop() == 0
             time.sleep(0.03)
         raise Broken(f"nothing happened for {PATIENCE:.0f} s; see {self.home / 'daemon.log'}")
 
@@ -252,28 +299,31 @@ class Trial:
     def store(self) -> Store:
         return Store.open(self.settings.store_path, read_only=True)
 
-    def findings(self) -> list[str]:
-        """What `daemon audit` says. In a process of its own: MLflow keeps databases open that are gone."""
-        with (self.home / "audit.json").open("w+") as said:
+    def _says(self, *args: str) -> dict[str, Any]:
+        """What a command says. In a process of its own: MLflow keeps databases open that are gone."""
+        said, log = self.home / "said.json", self.home / "command.log"
+        with said.open("w") as out, log.open("w") as err:
             ran = WarmProcess(
-                command(self.config, "audit", "--json"),
-                stdout_to=said.fileno(),
-                stderr=said,
+                command(self.config, *args, "--json"),
+                stdout_to=out.fileno(),
+                stderr=err,
                 cwd=self.home,
                 env=environment(),
             )
             code = ran.wait(PATIENCE)
-            text = (self.home / "audit.json").read_text()
         try:
-            found = json.loads(text)["findings"]
+            return dict(json.loads(said.read_text()))
         except ValueError:
-            raise Broken(f"`daemon audit` ended with {code}: {text}") from None
+            raise Broken(f"`daemon {args[0]}` ended with {code}: {log.read_text()}") from None
+
+    def findings(self) -> list[str]:
+        found = self._says("audit")["findings"]
         return [f"{finding['check']}: {finding['message']}" for finding in found]
 
     # What must hold.
 
     def check(self) -> None:
-        """After a promotion: the audit is content, nothing is lost or done twice, the champion loads."""
+        """After a promotion: the audit is content, nothing is lost or done twice, the champion answers."""
         if found := self.findings():
             raise Broken("the audit finds: " + "; ".join(found))
         self._check_rows()
@@ -284,12 +334,22 @@ class Trial:
                 raise Broken(f"cycle {unfinished[0].id} is left in the state {unfinished[0].state}")
         leftovers = [str(p) for name in ("snapshots", "cycles") for p in (self.state / name).glob(".*")]
         leftovers += [str(p) for p in (self.state / "cycles").glob("*/.*")]
-        if leftovers and not self.went_off():
+        if leftovers:
             raise Broken(f"left over: {leftovers}")
+
+    def check_log(self, *, worker_may_trace: bool) -> None:
+        """Nothing happened that the daemon has no words for."""
+        log = (self.home / "daemon.log").read_text()
+        for said in re.split(r"^(?=\d\d:\d\d:\d\d )", log, flags=re.MULTILINE):
+            traced = "Traceback" in said and not (worker_may_trace and "daemon/worker.py" in said)
+            if traced or "internal error" in said.lower():
+                raise Broken(f"in {self.home / 'daemon.log'}: {said}")
 
     def _check_rows(self) -> None:
         with duckdb.connect(str(self.home / "qa.duckdb"), read_only=True) as source:
             collected = sorted(source.execute("SELECT id FROM qa").fetchall())
+        if self.erases:
+            collected.remove(ERASED)
         with duckdb.connect(str(self.settings.store_path), read_only=True) as raw:
             stored = sorted(raw.execute("SELECT id FROM rows").fetchall())
         if collected != stored:
@@ -306,6 +366,11 @@ class Trial:
         with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
             if not all(tensors.get_tensor(name).isfinite().all() for name in tensors.keys()):  # noqa: SIM118
                 raise Broken("the champion has a weight that is no number")
+        answered = self._says(
+            "ask", "which one is colours 1", "--task", "colours"
+        )  # loads it as who serves it does
+        if answered["version"] != model.version or not isinstance(answered["answer"], str):
+            raise Broken(f"asked, the champion, version {model.version}, says {answered}")
 
     def _check_mlflow(self, store: Store) -> None:
         """One version a cycle, one run that is not deleted, and the run is finished."""
@@ -333,11 +398,25 @@ class Trial:
         reason = cycle.reason or ""
         if cycle.state is not State.FAILED:
             raise Broken(f"cycle {cycle.id} is {cycle.state}, and should have failed")
-        if "internal error" in reason or "Traceback" in reason or not any(w in reason for w in words):
+        if "internal error" in reason or "Traceback" in reason or not all(w in reason for w in words):
             raise Broken(f"cycle {cycle.id} failed, and says only: {reason}")
-        if "`" not in reason and "; " not in reason:
+        if not says_what_to_do(reason):
             raise Broken(f"cycle {cycle.id} does not say what to do: {reason}")
         return reason
+
+
+def says_what_to_do(reason: str) -> bool:
+    """It names a command, or a setting to change."""
+    commands = {one.name or one.callback.__name__ for one in cli.app.registered_commands if one.callback}
+    typed = re.findall(r"`(?:daemon ([\w-]+)|(free -m|journalctl|chmod|mount)).*?`", reason)
+    settings = {
+        f"{section}.{key}"
+        for section, model in Settings.model_fields.items()
+        for key in getattr(model.annotation, "model_fields", ())
+    }
+    return any(tool or name in commands for name, tool in typed) or any(
+        key in settings for key in re.findall(r"\w+\.\w+", reason)
+    )
 
 
 _WORKING = {s.value for s in State if not s.ended}

@@ -7,13 +7,14 @@ that says what to do, which was done, and then all went well. Anything else rais
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
 
 from storage.records import Cycle, State
 from tests.daemons import SECONDS, cli
-from tests.faults import power
+from tests.faults import places, power
 from tests.faults.bench import Broken, Trial
 from tests.faults.places import MLFLOW
 
@@ -69,6 +70,29 @@ def _cut(trial: Trial) -> None:
     power.everything(trial.state, trial.home / "synced")
 
 
+@kind("kill -9 during an erasure")
+def _(trial: Trial) -> str:
+    return _recovers_erasing(trial, "kill")
+
+
+@kind("power cut during an erasure")
+def _(trial: Trial) -> str:
+    """Of a row that the champion has learned; the audit looks for it everywhere afterwards."""
+    trial.on_death = lambda: _cut(trial)
+    return _recovers_erasing(trial, "power")
+
+
+def _recovers_erasing(trial: Trial, deed: str) -> str:
+    _erase(trial)
+    return _recovers(trial, **trial.draw("daemon", places.ERASING), deed=deed)
+
+
+def _erase(trial: Trial) -> None:
+    trial.erases = True
+    trial.put_back("taught")
+    trial.counts = trial.bench.counts["erasing"]
+
+
 @kind("out of memory")
 def _(trial: Trial) -> str:
     """A limit of the worker's address space: what it may take more than it has."""
@@ -77,7 +101,7 @@ def _(trial: Trial) -> str:
     )
     cycle = trial.run(fault)
     if cycle.state is State.FAILED:
-        trial.refused(cycle, "memory", "worker", "Error", "thread")
+        trial.refused(cycle, "memory ran out")
         trial.promoted(trial.again())
         return "refused"
     trial.promoted(cycle)
@@ -103,11 +127,9 @@ def _(trial: Trial) -> str:
 
 @kind("clock jumps")
 def _(trial: Trial) -> str:
-    """Back or forward by the hour of a DST change, by months, or by a second, in a zone that has one."""
+    """Back or forward by an hour, by a second, or by months, in the middle of a cycle."""
     hours = trial.dice.choice((-1, 1, -24 * 200, 24 * 200, 1 / 3600, -1 / 3600))
-    found = trial.run(trial.armed(**trial.draw("daemon"), deed="jump", amount=int(hours * 3600)))
-    trial.promoted(found)
-    return "recovered"
+    return _recovers(trial, **trial.draw("daemon"), deed="jump", amount=int(hours * 3600))
 
 
 @kind("collector holds the lock")
@@ -157,10 +179,9 @@ def _(trial: Trial) -> str:
         process = trial.dice.choice(("daemon", "worker"))
         left = trial.dice.choice((0, 4096, 40_000, 400_000))
         trial.on_wait = lambda reason: ballast.unlink(missing_ok=True)
-        trial.on_death = lambda: ballast.unlink(missing_ok=True)
         cycle = trial.run(trial.armed(**trial.draw(process), deed="full", amount=left))
         ballast.unlink(missing_ok=True)
-        how = _again_if_failed(trial, cycle, "space", "disk", "full", "No space")
+        how = _again_if_failed(trial, cycle, "space")
         trial.check()
     return how
 
@@ -220,20 +241,20 @@ def _damage(trial: Trial, path: Path) -> str:
 
 
 def _refuses(trial: Trial, path: Path, *, start: bool = True) -> str:
-    """With this file damaged the cycle fails and the audit names it; put back, all goes well. What only the
-    failed cycle had made is gone with it (`[retention]`)."""
+    """With this file damaged the cycle fails and the audit names it; put back, all goes well. Files of failed
+    cycles are kept, or the audit could not see it."""
     kept = trial.home / "kept"
     shutil.copy(path, kept)
     _damage(trial, path)
-    trial.refused(trial.run_on() if start else trial.run(), path.name, "changed", "suite")
-    found, there = trial.findings(), path.exists()
-    if there and not any(path.parent.name in told or path.name in told for told in found):
+    trial.config.write_text(trial.config.read_text() + "[retention]\ncheckpoints = 1\n")
+    trial.refused(trial.run_on() if start else trial.run(), str(path))
+    found = trial.findings()
+    if not any(str(path) in told for told in found):
         raise Broken(f"the audit does not name {path}: {found}")
     with trial.store() as store:
         if len(store.promotions()) != trial.number - 1:
             raise Broken("something was promoted from a damaged file")
-    if there:
-        shutil.copy(kept, path)
+    shutil.copy(kept, path)
     trial.promoted(trial.again())
     return "refused"
 
@@ -274,13 +295,14 @@ def _(trial: Trial) -> str:
     """An answer of a frozen suite, in the store itself."""
     _stopped_after(trial, State.TRAINED)
     with duckdb.connect(str(trial.settings.store_path)) as store:
-        key, before = store.execute(
-            "SELECT hash, answer FROM rows WHERE split = 'suite' ORDER BY hash LIMIT 1"
+        key, task, before = store.execute(
+            "SELECT hash, task, answer FROM rows WHERE split = 'suite' ORDER BY hash LIMIT 1"
         ).fetchall()[0]
         store.execute("UPDATE rows SET answer = 'tampered' WHERE hash = ?", [key])
-    trial.refused(trial.run_on(), "suite")
-    if not trial.findings():
-        raise Broken("the audit does not see the tampered suite")
+    trial.refused(trial.run_on(), f"{task}@v1")
+    found = trial.findings()
+    if not any(f"{task}@v1" in told for told in found):
+        raise Broken(f"the audit does not name the suite {task}@v1: {found}")
     with duckdb.connect(str(trial.settings.store_path)) as store:
         store.execute("UPDATE rows SET answer = ? WHERE hash = ?", [before, key])
     trial.promoted(trial.again())
@@ -299,3 +321,48 @@ def _(trial: Trial) -> str:
 def _adapter(trial: Trial, cycle: int) -> Path:
     (found,) = (trial.state / "cycles" / str(cycle) / "train").rglob("adapter_model.safetensors")
     return found
+
+
+# The sweep: every place, and every way to stop a process there.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Where the sweep stops a process, and how."""
+
+    kind: str
+    deed: str
+    process: str
+    place: str
+    moment: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.moment} {self.place}"
+
+
+_STOPS = (
+    ("kill -9 of the daemon", "kill", "daemon", places.PLACES["daemon"]),
+    ("kill -9 of the worker", "kill", "worker", places.PLACES["worker"]),
+    ("kill -9 during an erasure", "kill", "daemon", places.ERASING),
+    ("SIGTERM to the daemon", "term", "daemon", places.PLACES["daemon"]),
+    ("SIGTERM to the worker", "term", "worker", places.PLACES["worker"]),
+    ("power cut", "power", "daemon", places.PLACES["daemon"]),
+    ("power cut", "power", "worker", places.PLACES["worker"]),
+    ("power cut during an erasure", "power", "daemon", places.ERASING),
+)
+POINTS = [
+    Point(kind=name, deed=deed, process=process, place=place, moment=moment)
+    for name, deed, process, among in _STOPS
+    for place in among
+    for moment in ("before", "after")
+]
+
+
+def stop_at(trial: Trial, point: Point) -> str:
+    """Which call of the place it is, the dice choose."""
+    if point.place in places.ERASING:
+        _erase(trial)
+    if point.deed == "power":
+        trial.on_death = lambda: _cut(trial)
+    where = {**trial.draw(point.process, (point.place,)), "moment": point.moment}
+    return _recovers(trial, **where, deed=point.deed)

@@ -64,6 +64,15 @@ PLACES: dict[str, tuple[str, ...]] = {
         "pathlib:Path.rename",
     ),
 }
+# What the daemon comes by only while it erases.
+ERASING = (
+    "storage.removals:Removals.erase",
+    "storage.removals:Removals.prune",
+    "storage.artifacts:remove",
+    "storage.registry:Registry.erase",
+    "storage.database:Database.rewrite",
+    "storage.removals:Removals.erasure_done",
+)
 # Its every call is a request to MLflow.
 MLFLOW = tuple(place for place in PLACES["daemon"] if place.startswith("mlflow:"))
 
@@ -102,7 +111,7 @@ def arm(process: str) -> None:
     if fault.deed == "power":
         power.record(home)
     if fault.deed == "count":
-        for place in PLACES[process]:
+        for place in (*PLACES[process], *(ERASING if process == "daemon" else ())):
             _wrap(place, functools.partial(_count, home / "calls", f"{process} {place}"), after=False)
     elif fault.place and fault.process == process:
         calls = 0
@@ -244,11 +253,17 @@ DEEDS: dict[str, Callable[[Armed], None]] = {
 }
 
 
+def unvisited(counts: dict[str, int]) -> list[str]:
+    """Places that a calm cycle did not come by: no fault would ever go off there."""
+    named = [f"{process} {place}" for process, places in PLACES.items() for place in places]
+    return [name for name in named if not counts.get(name)]
+
+
 def draw(
     dice: random.Random, counts: dict[str, int], process: str, among: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Any call of any place that a calm cycle comes by."""
-    place = dice.choice([place for place in among or PLACES[process] if counts.get(f"{process} {place}")])
+    """Any call of any place, of all or of these."""
+    place = dice.choice(among or PLACES[process])
     return {
         "process": process,
         "place": place,
