@@ -45,14 +45,14 @@ def test_after_a_fault_nothing_is_lost_nothing_done_twice_and_the_champion_loads
     assert outcome.went_off
 
 
-# The store has a champion that MLflow does not know, MLflow a version that the store does not know, and what
-# was erased everywhere is not on record as erased.
+# The store has a champion that MLflow does not know; MLflow a version that the store does not know; what an
+# erasure that is on record as done has removed must not be back.
 @pytest.mark.parametrize(
     "point",
     [
         "kill -9 of the daemon, after storage.store:Store.promote",
         "kill -9 of the daemon, after mlflow:MlflowClient.create_model_version",
-        "power cut during an erasure, before storage.removals:Removals.erasure_done",
+        "power cut during an erasure, after storage.removals:Removals.erasure_done",
     ],
 )
 def test_stopped_at_the_worst_places_the_daemon_goes_on(made: bench.Bench, point: str) -> None:
