@@ -32,7 +32,7 @@ def prepared_base(settings: Settings) -> PreparedBase | None:
 def prepare_base(settings: Settings, executor: Executor, on_progress: OnProgress, stop: Stop) -> PreparedBase:
     """Makes the base ready (a GGUF file is de-quantised) unless that was done before.
 
-    Raises `ModelError` when model.base cannot be loaded.
+    Raises `ModelError` when model.base cannot be loaded, `ModelMissing` when it is not there now.
     """
     job = PrepareJob(base=settings.model.base, out=str(base_folder(settings)))
     return prepared_base(settings) or executor.prepare(job, on_progress, stop)

@@ -116,9 +116,7 @@ def _absolute(settings: Settings, home: Path) -> Settings:
     )
     source = settings.source
     if source.path is not None:
-        path = _expanded("source.path", source.path, home)
-        _check_source(path)
-        source = source.model_copy(update={"path": path})
+        source = source.model_copy(update={"path": _expanded("source.path", source.path, home)})
     model = settings.model.model_copy(update={"base": _base(settings.model.base, home)})
     mlflow = settings.mlflow.model_copy(update={"tracking_uri": absolute(settings.mlflow.tracking_uri, home)})
     return settings.model_copy(update={"bot": bot, "source": source, "model": model, "mlflow": mlflow})
@@ -131,39 +129,20 @@ def _expanded(key: str, path: Path, home: Path) -> Path:
         raise ConfigError(f'{key} = "{path}": there is no such account; write the whole path') from None
 
 
-def _check_source(path: Path) -> None:
-    """What can never be read is told now; a file that is not there yet, the collector may still make."""
-    if not _exists("source.path", path.parent):
-        raise ConfigError(f'source.path = "{path}": there is no folder {path.parent}; correct the path')
-    if not _exists("source.path", path):
-        return
-    if path.is_dir():
-        raise ConfigError(f'source.path = "{path}" is a directory; name the DuckDB file in it')
-    if not os.access(path, os.R_OK):
-        raise ConfigError(f'source.path = "{path}" cannot be read by this account; `chmod a+r {path}`')
-
-
 def _base(base: str, home: Path) -> str:
-    """A local base as an absolute path; hub and package names as they are."""
+    """A local base as an absolute path, be it there now or not; hub and package names as they are."""
     if base.startswith("package:"):
         return base
     local = _expanded("model.base", Path(base), home)
-    if _exists("model.base", local):
-        return str(local)
-    if base.endswith(".gguf") or base.startswith(("/", "./", "../", "~")):
-        raise ConfigError(
-            f'model.base = "{base}": no such file or folder; correct the path, or use a hub name'
-        )
-    return base
+    is_local = base.endswith(".gguf") or base.startswith(("/", "./", "../", "~")) or _may_exist(local)
+    return str(local) if is_local else base
 
 
-def _exists(key: str, path: Path) -> bool:
+def _may_exist(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError as error:  # a folder that may not be entered
-        raise ConfigError(
-            f'{key}: "{path}" cannot be looked at: {error.strerror}; try with sudo, or correct the path'
-        ) from None
+    except OSError:  # a folder that may not be entered: who reads it will say so
+        return True
 
 
 def _check_environment() -> None:

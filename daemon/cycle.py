@@ -26,8 +26,10 @@ from storage.errors import (
     HoldfastError,
     Interrupted,
     ModelError,
+    ModelMissing,
     RegistryError,
     SourceBusy,
+    SourceMissing,
     StageError,
     StoreError,
     TrainingError,
@@ -44,7 +46,7 @@ log = logging.getLogger(__name__)
 OUT_OF_TIME = "out-of-time"  # the event that the clock ended a rescue
 MAX_ATTEMPTS = 3  # how often a dead worker is replaced before the cycle is given up
 # Left to the caller, who tries again later: the cycle stays exactly where it is.
-RETRIED_LATER = (Interrupted, SourceBusy, RegistryError)
+RETRIED_LATER = (Interrupted, SourceBusy, SourceMissing, ModelMissing, RegistryError)
 # What ends an attempt to rescue, but not its cycle: a blend that cannot be, a loss that explodes, no time.
 ENDS_ATTEMPT = (StageError, TrainingError, ModelError)
 
@@ -80,7 +82,7 @@ class CycleRunner:
     def run(self, cycle_id: int, stop: Stop) -> Cycle:
         """Advances the cycle to an ended state and returns it.
 
-        Raises `Interrupted` on shutdown, `SourceBusy` and `RegistryError` when waiting, or a person,
+        Raises `Interrupted` on shutdown, and the others that are `RETRIED_LATER` when waiting, or a person,
         would help; the cycle then continues from the same state at the next call.
         """
         cycle = self._cycle(cycle_id)
@@ -106,6 +108,8 @@ class CycleRunner:
         """One state onwards. A worker that died is replaced; its work continues from the checkpoint."""
         try:
             return self._steps[cycle.state](cycle, stop)
+        except ModelMissing:  # a model error, but no attempt's own
+            raise
         except ENDS_ATTEMPT as error:
             candidates = self.store.candidates(cycle.id)
             if len(candidates) < 2 or cycle.state not in (State.SNAPSHOTTED, State.TRAINED):

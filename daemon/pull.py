@@ -28,7 +28,8 @@ def pull_source(
     """Takes in what is new in the collector's DuckDB; returns what happened, in words.
 
     `wait` is given the seconds between two tries while the collector holds its file; it may raise to
-    end the waiting. Raises `SourceBusy` after source.busy_timeout seconds of that.
+    end the waiting. Raises `SourceBusy` after source.busy_timeout seconds of that, and `SourceMissing` when
+    there is no such file now.
     """
     if settings.source.path is None:
         return "no source configured; rows come by `daemon ingest`"

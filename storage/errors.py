@@ -29,6 +29,10 @@ class SourceBusy(SourceError):
     """The collector holds the source file; the pull will be tried again."""
 
 
+class SourceMissing(SourceError):
+    """The source file is not there; the pull will be tried again."""
+
+
 class StoreError(HoldfastError):
     """The daemon's own store cannot be used; run `daemon doctor`."""
 
@@ -59,6 +63,10 @@ class NonFiniteLoss(TrainingError):
 
 class ModelError(HoldfastError):
     """The base model cannot be loaded; check model.base."""
+
+
+class ModelMissing(ModelError):
+    """The base model is not there; the cycle waits for it."""
 
 
 class WorkerError(HoldfastError):

@@ -6,6 +6,7 @@ raw rows, and reads some of them more than once rather than miss one. Judging is
 
 import random
 import re
+import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 
 import duckdb
 
-from storage.errors import SourceBusy, SourceError
+from storage.errors import SourceBusy, SourceError, SourceMissing
 from storage.records import Clock, Cursor, OnConflict, utcnow
 
 REQUIRED = ("id", "question", "answer")
@@ -276,14 +277,20 @@ class DuckDBSource:
     def _explain(self, error: Exception) -> SourceError:
         text = _first_line(error)
         try:
-            is_there = self._file.exists()
+            is_folder = stat.S_ISDIR(self._file.stat().st_mode)
         except PermissionError:
             return SourceError(
                 f"{self._file} is in a folder that is closed to this account; put it where it can be read, "
                 "and set source.path"
             )
-        if not is_there:
-            return SourceError(f"there is no file {self._file}; set source.path to your collector's DuckDB")
+        except OSError as failed:  # of a folder that is not mounted, or whose server is away
+            return SourceMissing(
+                f"there is no file {self._file} ({failed.strerror}); is its folder mounted? Else set "
+                "source.path to your collector's DuckDB and `systemctl reload holdfast`; the pull will be "
+                "tried again"
+            )
+        if is_folder:
+            return SourceError(f"{self._file} is a directory; set source.path to the DuckDB file in it")
         from storage.files import SUFFIXES  # which is built on this module
 
         if self._file.suffix.lower() in SUFFIXES:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.artifacts import atomic_dir
-from storage.errors import UNREADABLE, IntegrityError, ModelError
+from storage.errors import UNREADABLE, IntegrityError, ModelError, ModelMissing
 from strategies.contract import PreparedBase, PrepareJob, Progress
 
 RECORD = "base.json"
@@ -25,7 +25,8 @@ _FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]  # of a fold
 def prepare(job: PrepareJob, on_progress: Callable[[Progress], None] = lambda progress: None) -> PreparedBase:
     """The base as a folder that loads in seconds, and what the daemon must know of it.
 
-    Done before: returns what was written then. Raises `ModelError` when the base cannot be used.
+    Done before: returns what was written then. Raises `ModelError` when the base cannot be used, and
+    `ModelMissing` when a file or folder is not there.
     """
     out = Path(job.out)
     if (before := prepared(out)) is not None:
@@ -66,7 +67,8 @@ def prepare(job: PrepareJob, on_progress: Callable[[Progress], None] = lambda pr
 def local_source(base: str) -> Path | None:
     """Where the base lies on this machine; None when it is to come from the hub. Needs no torch.
 
-    Raises `ModelError` for a package or a folder that has no weights which would be loaded.
+    Raises `ModelError` for a package or a folder that has no weights which would be loaded, and
+    `ModelMissing` for a file or folder that is not there.
     """
     return _gguf_file(PrepareJob(base=base, out="")) or _folder(base)
 
@@ -112,8 +114,9 @@ def _gguf_file(job: PrepareJob) -> Path | None:
         return _packaged(name.removeprefix("package:"))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
+        _check_there(path)
         if not path.is_file():
-            raise ModelError(f"model.base = {name!r}: no such file")
+            raise ModelError(f"model.base = {name!r} is not a file; name the .gguf file in it")
         return path
     return path / job.gguf_file if job.gguf_file else None
 
@@ -167,6 +170,8 @@ def _dequantise(gguf: Path, target: Path) -> tuple[Any, Any]:
 def _folder(base: str) -> Path | None:
     """A local folder as it is; safetensors only."""
     path = Path(base).expanduser()
+    if path.is_absolute():  # what names a place is no hub name
+        _check_there(path)
     if not path.is_dir():
         return None
     if not list(path.glob("*.safetensors")):
@@ -174,6 +179,20 @@ def _folder(base: str) -> Path | None:
             f"model.base = {base!r} holds no .safetensors weights; pickled weights are not loaded"
         )
     return path.resolve()
+
+
+def _check_there(path: Path) -> None:
+    try:
+        path.stat()
+    except PermissionError:
+        raise ModelError(
+            f'model.base = "{path}" is in a folder closed to this account; put it where it can be read'
+        ) from None
+    except OSError as error:  # of a folder that is not mounted, or whose server is away
+        raise ModelMissing(
+            f'model.base = "{path}": no such file or folder ({error.strerror}); is it mounted? Else correct '
+            "model.base, or use a hub name, and `systemctl reload holdfast`"
+        ) from None
 
 
 def _from_hub(base: str) -> Path:

@@ -17,7 +17,7 @@ from daemon import asking, examination, operations
 from daemon.base import located
 from storage import snapshots
 from storage.artifacts import verify
-from storage.errors import Interrupted, ModelError
+from storage.errors import Interrupted, ModelError, ModelMissing
 from storage.records import State
 from strategies.answer import Answerer
 from strategies.base import RECORD, _stamp, fingerprint, prepare, prepared
@@ -287,8 +287,13 @@ def test_a_package_needs_exactly_one_gguf_file(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_gguf_file_that_is_absent_or_damaged_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"absent\.gguf': no such file"):
+    with pytest.raises(ModelMissing, match=r'absent\.gguf": no such file or folder'):
         ready(tmp_path / "absent.gguf", tmp_path / "out")
+    with pytest.raises(ModelMissing, match="is it mounted"):
+        ready(tmp_path / "absent", tmp_path / "out")
+    (tmp_path / "folder.gguf").mkdir()
+    with pytest.raises(ModelError, match="is not a file"):
+        ready(tmp_path / "folder.gguf", tmp_path / "out")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(ModelError, match=r"broken\.gguf"):
         ready(tmp_path / "broken.gguf", tmp_path / "out")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from daemon import access, config, settings
-from storage.errors import ConfigError
+from storage.errors import ConfigError, ModelError
+from strategies.base import local_source
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -136,8 +137,6 @@ def test_paths_are_relative_to_the_file_not_to_the_shell(tmp_path: Path) -> None
         ('[tasks.x]\nlabels = "a"', ["tasks.x.labels = 'a'", '["a", "b"]']),
         ('[model]\nbase = ""', ["model.base = ''"]),
         ("[source]\noverlap_hours = inf", ["source.overlap_hours = inf", "finite"]),
-        ('[source]\npath = "/nowhere/qa.duckdb"', ["source.path", "no folder /nowhere"]),
-        ('[source]\npath = "/"', ["source.path", "is a directory"]),
         ('[source]\npath = "~nosuch/qa.duckdb"', ["source.path", "no such account"]),
         ('[model]\nbase = "~nosuch/base"', ["model.base", "no such account"]),
         ('[mlflow]\ntracking_uri = "./mlruns"', ["mlflow.tracking_uri = './mlruns'", "sqlite:///"]),
@@ -147,7 +146,6 @@ def test_paths_are_relative_to_the_file_not_to_the_shell(tmp_path: Path) -> None
         ('[mlflow]\ntracking_uri = "http://"', ["mlflow.tracking_uri = 'http://'"]),
         ('[mlflow]\ntracking_uri = "htp://ann:secret@nope"', ["mlflow.tracking_uri = 'htp://ann:***@nope'"]),
         ('[schedule]\ncron = "0 0 31 2 *"', ["schedule.cron", "never happens"]),
-        ('[model]\nbase = "./nowhere"', ["model.base", "no such file or folder"]),
     ],
 )
 def test_a_mistake_is_named_with_its_value_and_a_fix(tmp_path: Path, text: str, words: list[str]) -> None:
@@ -228,6 +226,27 @@ def test_where_mlflow_can_keep_its_records_is_taken_as_it_is(tmp_path: Path, uri
     assert config.load(write(tmp_path, f'[mlflow]\ntracking_uri = "{uri}"')).tracking_uri == uri
 
 
+def test_what_is_not_mounted_makes_no_config_invalid(tmp_path: Path) -> None:
+    """`daemon status` works without it, and so does the start of the service; who reads it says so."""
+    settings = config.load(write(tmp_path, '[source]\npath = "away/qa.duckdb"\n[model]\nbase = "away.gguf"'))
+    assert settings.source.path == tmp_path / "away/qa.duckdb"
+    assert settings.model.base == str(tmp_path / "away.gguf")
+
+
+@pytest.mark.parametrize(
+    ("base", "meant"),
+    [
+        ("./away", "{home}/away"), ("/away", "/away"), ("lab/away", "lab/away"),
+        ("lab/here", "{home}/lab/here"),
+        ("package:away", "package:away"), ("away.gguf", "{home}/away.gguf"),
+    ],
+)  # fmt: skip
+def test_a_base_is_a_place_by_its_name_or_because_it_is_there(tmp_path: Path, base: str, meant: str) -> None:
+    (tmp_path / "lab/here").mkdir(parents=True)
+    found = config.load(write(tmp_path, f'[model]\nbase = "{base}"')).model.base
+    assert found == meant.format(home=tmp_path)
+
+
 @pytest.fixture
 def nobody(tmp_path: Path) -> Iterator[None]:
     """The test goes on as another account, to whom `tmp_path/closed` is closed."""
@@ -245,9 +264,10 @@ def nobody(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("nobody")
-@pytest.mark.parametrize("text", ['[source]\npath = "closed/qa.duckdb"', '[model]\nbase = "closed/base"'])
-def test_what_lies_in_a_folder_that_may_not_be_entered_is_told(tmp_path: Path, text: str) -> None:
-    assert "Permission denied" in complaint(tmp_path, text)
+def test_a_base_in_a_folder_that_may_not_be_entered_is_no_hub_name(tmp_path: Path) -> None:
+    settings = config.load(write(tmp_path, '[model]\nbase = "closed/base"'))
+    with pytest.raises(ModelError, match="is in a folder closed to this account"):
+        local_source(settings.model.base)
 
 
 @pytest.mark.usefixtures("nobody")

@@ -17,7 +17,7 @@ from daemon import console, gate, operations, report, rescue
 from daemon.executor import OnProgress, Stop
 from storage import snapshots
 from storage.artifacts import atomic_dir, made_for, verify
-from storage.errors import Interrupted, ModelError, StageError, WorkerError
+from storage.errors import Interrupted, ModelError, ModelMissing, StageError, WorkerError
 from storage.parquet import read_rows
 from storage.records import Candidate, Cycle, State
 from strategies.contract import EvaluateJob, StrategySpec, TrainReport
@@ -417,6 +417,15 @@ def test_adapters_that_cannot_be_blended_are_recorded_and_protection_is_tried(re
     assert cycle.state is State.PROMOTED
     assert kinds(rescued, cycle) == [("train", False), ("blend", None), ("protect", True)]
     assert "other shapes" in (rescued.store.candidates(cycle.id)[1].note or "")
+
+
+def test_a_base_that_is_not_mounted_is_no_fault_of_the_attempt(rescued: Bot) -> None:
+    failing(rescued, "blend", 1, ModelMissing())
+    cycle = rescued.request()
+    with pytest.raises(ModelMissing):
+        rescued.run(cycle)
+    assert kinds(rescued, cycle) == [("train", False), ("blend", None)]
+    assert rescued.store.candidates(cycle.id)[-1].note is None, "it is tried again"
 
 
 def forgotten() -> gate.Verdict:

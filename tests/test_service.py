@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
@@ -529,3 +530,36 @@ def test_a_locked_source_is_waited_for_and_shown(tmp_path: Path, base: Path) -> 
         assert again["cycle"]["id"] == cycle
         assert daemon.ended(cycle)["state"] == "nothing-to-do"
         daemon.stop()
+
+
+@pytest.mark.acceptance
+def test_what_is_mounted_late_is_waited_for_and_then_learned_from(tmp_path: Path, base: Path) -> None:
+    """The base and the collector's folder are on a disk that comes after the daemon."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    shutil.copytree(base, disk / "base")
+    collect(disk / "qa.duckdb", lesson("colours", COLOURS, train=4))
+    path = write_config(tmp_path, disk / "base", source__path=str(disk / "qa.duckdb"))
+    disk.rename(tmp_path / "unplugged")
+    with DaemonProcess(path) as daemon:
+        cycle = daemon.retrain()
+        waiting = _waits(daemon, "no such file or folder")
+        assert waiting["reason"] in " ".join(cli(path, "status").stdout.split())
+        assert cli(path, "pause").returncode == cli(path, "resume").returncode == 0
+        disk.mkdir()
+        (tmp_path / "unplugged/base").rename(disk / "base")
+        daemon.signal(signal.SIGHUP)
+        _waits(daemon, f"there is no file {disk}/qa.duckdb")
+        assert daemon.status()["daemon"]["config_problem"] is None
+        (tmp_path / "unplugged/qa.duckdb").rename(disk / "qa.duckdb")
+        assert daemon.retrain() == cycle
+        assert daemon.ended(cycle)["state"] == "nothing-to-do"
+        assert daemon.status()["rows"]["total"] == len(lesson("colours", COLOURS, train=4))
+        daemon.stop()
+
+
+def _waits(daemon: DaemonProcess, reason: str) -> dict[str, Any]:
+    def met(told: dict[str, Any]) -> bool:
+        return reason in ((told["daemon"]["activity"]["waiting"] or {}).get("reason") or "")
+
+    return dict(daemon.until(met)["daemon"]["activity"]["waiting"])

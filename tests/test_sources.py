@@ -14,7 +14,7 @@ from typing import Any
 import duckdb
 import pytest
 
-from storage.errors import SourceBusy, SourceError
+from storage.errors import SourceBusy, SourceError, SourceMissing
 from storage.records import Cursor
 from storage.sources import Columns, DuckDBSource, SourceSpec
 
@@ -360,9 +360,15 @@ def test_without_a_path_the_error_says_what_to_set() -> None:
 
 
 def test_a_missing_file_is_an_error_and_is_not_made(path: Path) -> None:
-    with pytest.raises(SourceError, match=f"there is no file {re.escape(str(path))}"):
-        values(SourceSpec(path=path))
-    assert not path.exists()
+    for absent in (path, path.parent / "not mounted" / path.name):
+        with pytest.raises(SourceMissing, match=f"there is no file {re.escape(str(absent))}.*tried again"):
+            values(SourceSpec(path=absent))
+        assert not absent.exists()
+
+
+def test_a_folder_in_the_place_of_the_file_is_told(path: Path) -> None:
+    with pytest.raises(SourceError, match=r"is a directory; set source\.path to the DuckDB file in it"):
+        values(SourceSpec(path=path.parent))
 
 
 def test_a_file_in_a_closed_folder_is_not_called_missing(path: Path) -> None:
