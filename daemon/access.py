@@ -7,7 +7,7 @@ store only when it is needed: it costs more than asking the daemon.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from daemon import config, statedir
 from daemon.control import Client, account
 from daemon.settings import Settings
-from storage.errors import ConfigError, ControlError, DaemonNotRunning, HoldfastError
+from storage.errors import ConfigError, ControlError, DaemonNotRunning, DaemonSilent, HoldfastError
 
 if TYPE_CHECKING:
     from storage.store import Store
@@ -259,6 +259,37 @@ def prune(settings: Settings, *, dry_run: bool) -> dict[str, Any]:
             return operations.prune(settings, store, operations.open_registry(settings, store))
 
     return perform(settings, "prune", direct, dry_run=dry_run)
+
+
+def ingest(
+    settings: Settings, paths: Sequence[Path], on_event: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Takes in the rows of files. Where the daemon falls silent on the way, says what it had taken."""
+    told = "It had told of no rows yet"
+
+    def hear(event: dict[str, Any]) -> None:
+        nonlocal told
+        if "taken" in event:
+            told = f"So far it had told of {event['taken']}, which stay"
+        on_event(event)
+
+    def direct() -> dict[str, Any]:
+        from daemon import operations
+        from daemon.commands import prepared, progress
+
+        with writing(settings, "daemon ingest") as store:
+            return operations.ingest(
+                settings,
+                store,
+                paths,
+                lambda: prepared(settings, lambda step: on_event({"progress": progress(step)})),
+                lambda so_far: on_event({"taken": so_far}),
+            )
+
+    try:
+        return perform(settings, "ingest", direct, hear, paths=[str(path) for path in paths])
+    except DaemonSilent as error:
+        raise DaemonSilent(f"{error}. {told}; the same `daemon ingest` again takes the rest") from None
 
 
 def erase(settings: Settings, why: str, which: dict[str, Any], *, dry_run: bool) -> dict[str, Any]:

@@ -281,7 +281,9 @@ def retrain_now(
             told = None
     if told is None:
         number = started.get("cycle")
-        print(f"no longer following; cycle {number} goes on: `daemon show {number}`", file=sys.stderr)
+        goes_on = f"cycle {number} goes on: `daemon show {number}`"
+        unheard = "the daemon had not answered yet; see `daemon status` for whether a cycle was asked for"
+        print(f"no longer following; {unheard if number is None else goes_on}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED)
     _tell_retrained(told, wait, as_json)
 
@@ -397,24 +399,8 @@ def ingest(
     from daemon import access, console
 
     settings = _settings(config)
-    paths = [path.absolute() for path in files]
-
-    def direct() -> dict[str, Any]:
-        from daemon import operations
-        from daemon.commands import prepared
-
-        with access.writing(settings, "daemon ingest") as store:
-            return operations.ingest(
-                settings,
-                store,
-                paths,
-                lambda: prepared(settings, lambda p: follower.event({"progress": p.__dict__})),
-            )
-
     with console.Follower() as follower:
-        told = access.perform(
-            settings, "ingest", direct, on_event=follower.event, paths=[str(path) for path in paths]
-        )
+        told = access.ingest(settings, [path.absolute() for path in files], follower.event)
     _show(told, as_json, console.intake)
 
 

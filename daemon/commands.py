@@ -14,7 +14,7 @@ from typing import Any
 
 from daemon import operations, statedir
 from daemon.base import prepare_base, prepared_base
-from daemon.control import Request
+from daemon.control import ClientGone, Request
 from daemon.executor import OnProgress, Stop, WorkerExecutor
 from daemon.flight import Activity, Flight
 from daemon.settings import Settings
@@ -27,6 +27,7 @@ from strategies.contract import PreparedBase, PrepareJob, Progress
 
 HEARTBEAT_SECONDS = 5.0  # so that a follower notices a dead daemon, and the daemon a dead follower
 ERASURE_SECONDS = 120.0  # a client waits for an erasure to be finished; it goes on without
+_LARGEST = 2**63 - 1  # the store's numbers end there
 LINES_A_SECOND = 10.0  # of progress that a follower gets at most
 # Which of the worker's stages report progress while a cycle stands where.
 _STAGES = {
@@ -198,8 +199,14 @@ class Commands:
         def prepare() -> PreparedBase:
             return prepared(daemon.settings, lambda p: request.emit({"progress": progress(p)}), daemon.stop)
 
+        def tell(so_far: str) -> None:
+            with suppress(ClientGone):  # what was asked for is done all the same
+                request.emit({"taken": so_far})
+            if daemon.stop.is_set():
+                raise ControlError("the daemon is stopping")
+
         try:
-            return operations.ingest(daemon.settings, daemon.store, files, prepare)
+            return operations.ingest(daemon.settings, daemon.store, files, prepare, tell)
         except Interrupted:
             raise ControlError("the daemon is stopping; ingest again when it is back") from None
 
@@ -252,12 +259,25 @@ def _check_arguments(request: Request, method: Callable[..., Any]) -> None:
         wanted = signature.parameters[name].annotation
         if name != "request" and not _fits(value, wanted):
             raise ControlError(f"{request.command}: {name} = {value!r} is not of the type {_name(wanted)}")
+        if name != "request" and (problem := _unusable(value)):
+            raise ControlError(f"{request.command}: {name} = {repr(value)[:200]} {problem}")
 
 
 def _fits(value: Any, wanted: Any) -> bool:
     if wanted == list[str]:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     return isinstance(value, wanted) and (not isinstance(value, bool) or wanted is bool)
+
+
+def _unusable(value: Any) -> str:
+    """Why no command can do anything with a value of the right type; it is not the store's fault."""
+    if isinstance(value, int) and not 0 <= value <= _LARGEST:
+        return f"is not between 0 and {_LARGEST}"
+    try:
+        "".join([value] if isinstance(value, str) else value if isinstance(value, list) else []).encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8; write it, or rename the file, in UTF-8"
+    return ""
 
 
 def _name(wanted: Any) -> str:

@@ -402,7 +402,8 @@ class Follower:
             self._live.tasks[0].total = total  # `update` takes None for: as it was
             self._live.update(self._bar, description=_head(told), told=_news(told), completed=done)
         else:
-            self._print(step["stage"] if step else _news(told), f"{_head(told)}: {_news(told)}")
+            key = step["stage"] if step else "taken" if "taken" in told else _news(told)
+            self._print(key, f"{_head(told)}: {_news(told)}")
 
     def _print(self, key: str, text: str) -> None:
         due = key not in self._seen or time.monotonic() - self._printed > LINE_SECONDS
@@ -413,10 +414,14 @@ class Follower:
 
 
 def _head(told: dict[str, Any]) -> str:
+    if "taken" in told:
+        return "so far"
     return f"cycle {told['cycle']}" if "state" in told else "base model"
 
 
 def _news(told: dict[str, Any]) -> str:
+    if "taken" in told:
+        return str(told["taken"])
     if told.get("behind"):
         return f"queued behind cycle {told['behind']}"
     if "joined" in told:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from storage import errors
-from storage.errors import ControlError, DaemonNotRunning, HoldfastError
+from storage.errors import ControlError, DaemonNotRunning, DaemonSilent, HoldfastError
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Request:
 Handler = Callable[[Request], dict[str, Any]]
 
 
-class _ClientGone(Exception):
+class ClientGone(Exception):
     """The client no longer listens; what it asked for stays asked."""
 
 
@@ -116,7 +116,7 @@ class ControlServer:
                 return
             try:
                 _send(client, self._answer(client))
-            except (OSError, _ClientGone):
+            except (OSError, ClientGone):
                 pass
             finally:
                 self._clients.release()
@@ -128,7 +128,7 @@ class ControlServer:
             return {"result": self._handler(request)}
         except HoldfastError as error:
             return _error(error)
-        except _ClientGone:
+        except ClientGone:
             raise
         except OSError as error:
             return _error(ControlError(str(error)))
@@ -138,7 +138,7 @@ class ControlServer:
 
 
 class Client:
-    """One conversation a call. Raises what the daemon raised, or `DaemonNotRunning`."""
+    """One conversation a call. Raises what the daemon raised, `DaemonNotRunning` or `DaemonSilent`."""
 
     def __init__(self, path: Path, *, timeout: float = 60.0) -> None:
         self.path = path
@@ -155,7 +155,7 @@ class Client:
                 raise _rebuild(message["error"])
             elif "result" in message:
                 return dict(message["result"])
-        raise ControlError("the daemon ended before it answered; see `daemon status` and its log")
+        raise DaemonSilent("the daemon ended before it answered; see `daemon status` and its log")
 
     def _converse(self, command: str, args: dict[str, Any]) -> Iterator[dict[str, Any]]:
         request = {"command": command, "args": args, "for": os.environ.get("SUDO_USER", "")}
@@ -166,12 +166,12 @@ class Client:
                     for answer in answers:
                         yield json.loads(answer)
             except TimeoutError:
-                raise ControlError(
+                raise DaemonSilent(
                     f"the daemon said nothing for {self.timeout:.0f} s; see `systemctl status holdfast` and "
                     "`journalctl -u holdfast`"
                 ) from None
             except (OSError, json.JSONDecodeError) as error:
-                raise ControlError(
+                raise DaemonSilent(
                     f"the conversation with the daemon broke off ({error}); see `daemon status`"
                 ) from None
 
@@ -280,7 +280,7 @@ def _tell(client: socket.socket, event: dict[str, Any]) -> None:
     try:
         _send(client, {"event": event})
     except OSError as error:
-        raise _ClientGone from error
+        raise ClientGone from error
 
 
 def _send(client: socket.socket, message: dict[str, Any]) -> None:

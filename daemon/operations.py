@@ -6,6 +6,7 @@ cross the control socket; times in them are UTC, ending in Z.
 
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -263,32 +264,45 @@ def erase(settings: Settings, store: Store, who: str, why: str, **which: Any) ->
 
 
 def ingest(
-    settings: Settings, store: Store, paths: Sequence[Path], prepare: Callable[[], PreparedBase]
+    settings: Settings,
+    store: Store,
+    paths: Sequence[Path],
+    prepare: Callable[[], PreparedBase],
+    on_taken: Callable[[str], None] = lambda so_far: None,
 ) -> dict[str, Any]:
     """Rows of JSONL, CSV or Parquet files into the store; bad ones into quarantine, with the reason.
 
-    Raises `SourceError` for a file that cannot be read.
+    `on_taken` hears after every batch, in words, what was taken so far. Raises `SourceError` for a file
+    that cannot be read.
     """
     from daemon.pull import take_in_files
+    from storage import files
 
-    for path in paths:
+    for path in paths:  # all of them first: a misspelt last path stops the first too
         check_readable(path)
-    taken = take_in_files(settings, store, prepare(), list(paths))
+        files.check_kind(path)
+    taken = take_in_files(settings, store, prepare(), paths, lambda so_far: on_taken(str(so_far)))
     return dict(plain(taken))
 
 
 def check_readable(path: Path) -> None:
-    """Raises `SourceError` in words that tell apart what is missing from what is only hidden."""
+    """Raises `SourceError` in words that tell apart what is missing from what is only hidden.
+
+    Opens nothing: a pipe that nobody writes to would never answer.
+    """
     try:
-        found = path.exists()
+        kind = path.stat().st_mode
     except PermissionError:  # a folder above it is closed
         raise SourceError(
             f"{path} is in a folder that is closed to {_me()}; copy it to where it can be read"
         ) from None
-    if not found:
-        raise SourceError(f"{path}: no such file, as far as {_me()} can see")
-    if not path.is_file():
+    except (OSError, ValueError) as error:  # a name that is too long, a link to itself, a NUL
+        why = "" if isinstance(error, FileNotFoundError) else f" ({getattr(error, 'strerror', error)})"
+        raise SourceError(f"{path}: no such file, as far as {_me()} can see{why}") from None
+    if stat.S_ISDIR(kind):
         raise SourceError(f"{path} is not a file; name the files in it, for instance {path}/*.csv")
+    if not stat.S_ISREG(kind):
+        raise SourceError(f"{path} is not a file but a pipe, socket or device; write its rows to a file")
     if not os.access(path, os.R_OK):
         raise SourceError(
             f"{path} cannot be read by {_me()}; `chmod a+r {path}`, or copy it to where it can be"

@@ -38,18 +38,24 @@ def pull_source(
 
 
 def take_in_files(
-    settings: Settings, store: Store, base: PreparedBase, paths: Sequence[Path]
+    settings: Settings,
+    store: Store,
+    base: PreparedBase,
+    paths: Sequence[Path],
+    on_taken: Callable[[IntakeReport], None],
 ) -> IntakeReport:
     """Takes in JSONL, CSV or Parquet files by hand, under the same rules as the source.
 
-    An error that comes when rows were taken already says which: they stay.
+    `on_taken` hears after every batch what was taken so far; it may raise to end the work. An error that
+    comes when rows were taken already says which: they stay.
     """
     spec, rules = source_spec(settings), _rules(settings, base)
     taken = IntakeReport()
     try:
         for path in paths:
-            for batch in files.read_files([path], spec.columns):
+            for batch in files.read_file(path, spec.columns):
                 taken += intake.take([batch], store, spec, source_name=f"file:{path.name}", **rules)
+                on_taken(taken)
     except HoldfastError as error:
         if not taken.read:
             raise

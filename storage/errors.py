@@ -91,3 +91,7 @@ class ControlError(HoldfastError):
 
 class DaemonNotRunning(ControlError):
     """The daemon is not running; start it with `systemctl start holdfast` or `daemon run`."""
+
+
+class DaemonSilent(ControlError):
+    """The daemon was asked and did not answer to the end; see `daemon status`."""

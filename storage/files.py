@@ -10,7 +10,7 @@ is not UTF-8. Stores and judges nothing.
 import csv
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,31 +35,14 @@ _PARQUET_FRUGALLY: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1024 * 
 _IN_MEMORY = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 
 
-def read_files(
-    paths: Sequence[Path], columns: Columns, *, batch_rows: int = 20_000
-) -> Iterator[list[RawRow]]:
-    """The rows of files, in batches.
+def read_file(path: Path, columns: Columns, *, batch_rows: int = 20_000) -> Iterator[list[RawRow]]:
+    """The rows of a file, in batches.
 
     A field is looked for under its configured name, then under ours, with any case. Raises `SourceError`
     for a file that is missing, of an unknown kind, or without a required column, before handing out
     anything of it.
     """
-    for path in paths:  # all of them first: a misspelt last path stops the first too
-        _check(path)
-    for path in paths:
-        yield from _batches(path, columns, batch_rows)
-
-
-def _check(path: Path) -> None:
-    if not path.is_file():
-        raise SourceError(f"there is no file {path}")
-    if str(path) != str(path).encode("utf-8", "replace").decode():
-        raise SourceError(f"the name of {str(path)!r} is not UTF-8; rename it")
-    if path.suffix.lower() not in _READERS:
-        raise SourceError(f"{path} is of an unknown kind; known are {', '.join(_READERS)}")
-
-
-def _batches(path: Path, columns: Columns, batch_rows: int) -> Iterator[list[RawRow]]:
+    check_kind(path)
     try:
         rows = _READERS[path.suffix.lower()](path, columns)
         while batch := list(islice(rows, batch_rows)):
@@ -68,6 +51,14 @@ def _batches(path: Path, columns: Columns, batch_rows: int) -> Iterator[list[Raw
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from None
     except (duckdb.Error, pa.ArrowException) as error:
         raise SourceError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def check_kind(path: Path) -> None:
+    """Raises `SourceError` for a name by which no file can be read here, whatever is in it."""
+    if str(path) != str(path).encode("utf-8", "replace").decode():
+        raise SourceError(f"the name of {str(path)!r} is not UTF-8; rename it")
+    if path.suffix.lower() not in _READERS:
+        raise SourceError(f"{path} is of an unknown kind; known are {', '.join(_READERS)}")
 
 
 # -- JSON ----------------------------------------------------------------------------------------

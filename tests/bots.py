@@ -16,8 +16,10 @@ from pathlib import Path
 import duckdb
 
 from daemon import audit, config, operations
+from daemon.commands import Commands, Daemon
 from daemon.cycle import CycleRunner
 from daemon.executor import OnProgress, Stop
+from daemon.flight import Flight
 from daemon.settings import Settings
 from storage.errors import Interrupted
 from storage.records import Cycle, State
@@ -220,6 +222,14 @@ def put_back(bot: Bot, copy: Path) -> None:
         elif path.name != "mlflow.db":  # MLflow keeps it open: it is written over
             path.unlink()
     shutil.copytree(copy, bot.settings.state_dir, dirs_exist_ok=True)
+
+
+def commands(bot: Bot) -> Commands:
+    """What a daemon of the bot would do at its socket; no cycle runs."""
+    flight = Flight(bot.store, bot.runner)
+    return Commands(
+        Daemon(settings=bot.settings, store=bot.store, registry=bot.registry, flight=flight, facts=dict)
+    )
 
 
 def two_promoted(bot: Bot) -> None:

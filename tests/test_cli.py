@@ -7,9 +7,12 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer import Exit
 
 from daemon import access, config, console, operations, statedir, unit
 from daemon import cli as command
@@ -308,6 +311,43 @@ def test_outside_a_terminal_progress_is_a_line_where_something_changed(
             event = {"cycle": 4, "state": "snapshotted", "progress": {**step, "step": number, "detail": ""}}
             follower.event(event)
     assert capsys.readouterr().err.splitlines() == ["cycle 4: train 1/9", "cycle 4: train 2/9"]
+
+
+def test_outside_a_terminal_rows_that_were_taken_are_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with console.Follower() as follower:
+        for count in (20_000, 40_000):
+            follower.event({"taken": f"{count} read"})
+    assert capsys.readouterr().err.splitlines() == ["so far: 20000 read"]
+
+
+@pytest.mark.parametrize(
+    ("heard", "told"),
+    [
+        ([], "had not answered yet; see `daemon status`"),
+        ([{"cycle": 7, "state": "requested"}], "cycle 7 goes on: `daemon show 7`"),
+    ],
+)
+def test_ctrl_c_says_what_is_known_of_the_cycle(
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    heard: list[dict[str, Any]],
+    told: str,
+) -> None:
+    def interrupted(settings: object, hear: Callable[[dict[str, Any]], None], **how: bool) -> None:
+        for event in heard:
+            hear(event)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(access, "retrain", interrupted)
+    with pytest.raises(Exit) as ended:
+        command.retrain_now(path, wait=True, as_json=True)
+    assert ended.value.exit_code == command.INTERRUPTED
+    said = capsys.readouterr().err
+    assert told in said
+    assert "None" not in said
 
 
 def test_every_ending_has_an_exit_code() -> None:

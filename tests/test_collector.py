@@ -174,7 +174,7 @@ def test_an_inbox_of_parquet_files_hands_over_every_row_once(tmp_path: Path) -> 
         while not last:
             last = done.is_set()
             for path in sorted(inbox.glob("*.parquet")):
-                batches = files.read_files([path], Columns())
+                batches = files.read_file(path, Columns())
                 intake.take(batches, store, SourceSpec(), shares=SHARES, source_name=f"file:{path.name}")
         writer.join()
         assert stored(store) == sorted(f"p{n}" for n in range(1000))

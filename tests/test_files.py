@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from storage.errors import SourceError
-from storage.files import match, read_files
+from storage.files import match, read_file
 from storage.intake import validate
 from storage.records import Rejected, utcnow
 from storage.sources import Columns, RawRow, SourceSpec
@@ -26,8 +26,8 @@ ROWS = [
 ]
 
 
-def rows(*paths: Path, columns: Columns = DEFAULT, batch_rows: int = 20_000) -> list[RawRow]:
-    return [row for batch in read_files(paths, columns, batch_rows=batch_rows) for row in batch]
+def rows(path: Path, columns: Columns = DEFAULT) -> list[RawRow]:
+    return [row for batch in read_file(path, columns) for row in batch]
 
 
 def put(folder: Path, name: str, content: bytes | str) -> Path:
@@ -342,7 +342,7 @@ def test_a_parquet_file_with_such_text_is_not_loaded_as_a_whole(tmp_path: Path) 
     size = (tmp_path / "x.parquet").stat().st_size
     del table, text
     before = pa.total_allocated_bytes()
-    batches = read_files([tmp_path / "x.parquet"], DEFAULT, batch_rows=1000)
+    batches = read_file(tmp_path / "x.parquet", DEFAULT, batch_rows=1000)
     peak = max(pa.total_allocated_bytes() - before for _ in batches)
     assert size > 60_000_000
     assert peak < size / 3
@@ -382,10 +382,9 @@ def test_a_file_of_the_wrong_kind_is_an_error_in_words(
         rows(put(tmp_path, name, content))
 
 
-def test_a_missing_file_stops_before_the_first_is_read(tmp_path: Path) -> None:
-    good = put(tmp_path, "a.jsonl", as_jsonl())
-    with pytest.raises(SourceError, match=r"there is no file .*b\.csv"):
-        next(read_files([good, tmp_path / "b.csv"], DEFAULT))
+def test_a_missing_file_is_an_error_in_words(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"b\.csv cannot be read: No such file"):
+        rows(tmp_path / "b.csv")
 
 
 def test_a_name_that_the_store_could_not_note_is_an_error_in_words(tmp_path: Path) -> None:
@@ -407,5 +406,5 @@ def test_objects_may_differ_in_their_keys(tmp_path: Path) -> None:
 
 def test_files_are_read_in_batches(tmp_path: Path) -> None:
     lines = "".join(f'{{"id": {n}, "question": "q{n}", "answer": "a"}}\n' for n in range(2500))
-    sizes = [len(b) for b in read_files([put(tmp_path, "x.jsonl", lines)], DEFAULT, batch_rows=1000)]
+    sizes = [len(b) for b in read_file(put(tmp_path, "x.jsonl", lines), DEFAULT, batch_rows=1000)]
     assert sizes == [1000, 1000, 500]

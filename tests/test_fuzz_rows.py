@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import SourceError
-from storage.files import read_files
+from storage.files import read_file
 from storage.intake import take, validate
 from storage.records import Rejected, utcnow
 from storage.rows import Row
@@ -58,7 +58,7 @@ def test_a_file_of_any_bytes_is_read_or_refused_in_words(
     ))  # fmt: skip
     read, refused = [], ""
     try:
-        read = [row for batch in read_files([path], Columns()) for row in batch]
+        read = [row for batch in read_file(path, Columns()) for row in batch]
     except SourceError as error:
         refused = str(error)
     assert str(path) in refused or not refused
@@ -125,8 +125,8 @@ def test_one_bad_row_in_a_hundred_costs_itself_and_every_row_is_accounted_for(
             file.write(next(damage).replace(b"$", b"%d" % n) if is_bad else good % (n, n))
             file.write(b"\n")
     with Store.open(tmp_path / "store.duckdb") as store:
-        taken = take(read_files([path], Columns()), store, SPEC, shares=(0.1, 0.1), source_name="x")
-        again = take(read_files([path], Columns()), store, SPEC, shares=(0.1, 0.1), source_name="x")
+        taken = take(read_file(path, Columns()), store, SPEC, shares=(0.1, 0.1), source_name="x")
+        again = take(read_file(path, Columns()), store, SPEC, shares=(0.1, 0.1), source_name="x")
         kept = sum(n for splits in store.row_counts().values() for n in splits.values())
     assert (taken.read, taken.accepted, taken.rejected) == (MANY, MANY - count, count)
     assert kept == MANY - count
@@ -139,7 +139,7 @@ def test_a_csv_with_another_delimiter_than_any_known_is_refused_with_what_was_fo
     path = tmp_path / "x.csv"
     path.write_text("id^question^answer\n1^q^a\n")
     with pytest.raises(SourceError, match=r"no column for id and question.*id\^question\^answer"):
-        list(read_files([path], Columns()))
+        list(read_file(path, Columns()))
 
 
 def test_a_field_of_many_megabytes_costs_its_row_only(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_field_of_many_megabytes_costs_its_row_only(tmp_path: Path) -> None:
         {"id": str(n), "question": "q" * (8_000_000 if n == 1 else 5), "answer": str(n)} for n in range(3)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    read = [row for batch in read_files([path], Columns()) for row in batch]
+    read = [row for batch in read_file(path, Columns()) for row in batch]
     judged = [validate(row, SPEC, source="x", now=utcnow()) for row in read]
     assert [row.reason if isinstance(row, Rejected) else "" for row in judged] == ["", "too-long", ""]
     assert len(str(judged[1])) < 10_000

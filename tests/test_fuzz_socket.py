@@ -1,12 +1,13 @@
 """Whatever is said to the control socket gets an answer in words, and the next client is served."""
 
+import inspect
 import json
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import SimpleNamespace, UnionType
+from typing import Any, get_args, get_origin
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from daemon import control
 from daemon.commands import Commands
 from daemon.control import Client, ControlServer
-from storage.errors import ControlError, HoldfastError
+from storage.errors import ControlError, HoldfastError, StoreError
+from tests.bots import commands, make_bot
 from tests.fuzzing import JSON, examples
 
 NAMES = sorted(name[3:] for name in dir(Commands) if name.startswith("do_"))
@@ -96,6 +98,55 @@ def test_an_argument_of_another_type_is_refused_before_anything_is_done(
     request: Any = SimpleNamespace(command=command, args={name: value}, who="x", emit=lambda event: None)
     with pytest.raises(HoldfastError, match=command):
         Commands(Untouched())(request)  # type: ignore[arg-type]
+
+
+# Of the right type, and nothing that anybody means.
+NUMBERS = st.sampled_from([0, -1, 2**63 - 1, 2**63, -(2**63), -(2**70), 2**70, 10**400]) | st.integers()
+TEXTS = (
+    st.sampled_from(["\0", "a\0b", "\ud800", "\udcff", "'; DROP TABLE rows; --", '"', "$1", "%", "x" * LONG])
+    | st.text()
+    | st.text(st.characters(categories=["Cs", "Cc", "Cf"]), max_size=5)
+)
+WELL_TYPED = {int: NUMBERS, str: TEXTS, bool: st.booleans(), list[str]: st.lists(TEXTS, max_size=3)}
+# These would wait for a cycle that nobody runs here.
+ASKS = sorted(set(NAMES) - {"retrain", "follow"})
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """The commands of a bot that has just been made."""
+    home = tmp_path_factory.mktemp("bot")
+    bot = make_bot(home)
+    yield commands(bot)
+    bot.store.close()
+
+
+@st.composite
+def well_typed(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    command = draw(st.sampled_from(ASKS))
+    parameters = list(inspect.signature(getattr(Commands, f"do_{command}")).parameters.values())[2:]
+    args = {}
+    for one in parameters:
+        kind = get_args(one.annotation)[0] if get_origin(one.annotation) is UnionType else one.annotation
+        if one.default is one.empty or draw(st.booleans()):
+            args[one.name] = draw(WELL_TYPED[kind])
+    return command, args
+
+
+@examples(300)
+@given(asked=well_typed())
+def test_values_that_nobody_means_are_answered_in_words(
+    real: Commands, asked: tuple[str, dict[str, Any]]
+) -> None:
+    command, args = asked
+    request = control.Request(command=command, args=args, who="ann", emit=lambda event: None)
+    try:
+        told = real(request)
+    except StoreError:
+        raise  # would blame the store, and send people to `daemon doctor`
+    except HoldfastError as error:
+        told = {"error": str(error)}
+    assert "internal error" not in json.dumps(told)
 
 
 def test_clients_that_say_half_a_line_do_not_keep_others_from_being_served(

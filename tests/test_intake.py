@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.files import read_files
+from storage.files import read_file
 from storage.intake import CountTokens, IntakeReport, pull, take, validate
 from storage.records import Rejected
 from storage.rows import Row, Split
@@ -366,7 +366,7 @@ def test_bad_lines_of_a_file_are_quarantined_with_their_text(store: Store, tmp_p
         b'{"id": 5, "question": "q5", "answer": true}\n'
     )
     for expected in ({"invalid-utf8": 2, "unreadable": 1}, {}):
-        batches = read_files([path], Columns())
+        batches = read_file(path, Columns())
         report = take(batches, store, SPEC, shares=SHARES, source_name="file:rows.jsonl")
         assert report.quarantined == expected
     (unreadable,) = store.quarantined(reason="unreadable")

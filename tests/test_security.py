@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import tomllib
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from daemon import config, operations, publish
-from storage.errors import HoldfastError
+from daemon.base import prepare_base
+from daemon.control import Request
+from daemon.executor import Stop
+from storage.errors import ControlError, HoldfastError, SourceError
 from storage.records import State
 from storage.sources import Columns, DuckDBSource, SourceSpec
 from strategies import der, ewc_lora, quadratic, replay_memory
 from strategies.base import prepare
 from strategies.contract import PrepareJob
 from strategies.model import load_base, with_adapter
-from tests.bots import Bot, lesson
+from tests.bots import Bot, commands, lesson
 from tests.toys import tiny_base, tiny_model_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,6 +139,54 @@ def test_a_bots_name_that_could_be_a_path_is_refused(tmp_path: Path, name: str) 
     (tmp_path / "config.toml").write_text(f"[bot]\nname = {config._toml(name)}\n")
     with pytest.raises(HoldfastError, match=r"bot\.name"):
         config.load(tmp_path / "config.toml")
+
+
+ODD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "..": (lambda path: None, "no such file"),
+    "nothing.csv": (lambda path: None, "no such file"),
+    "n" * 300 + ".csv": (lambda path: None, "File name too long"),
+    "nul\0.csv": (lambda path: None, "null byte"),
+    "lone\ud800.csv": (lambda path: None, "is not UTF-8"),
+    "folder.csv": (Path.mkdir, r"is not a file; name the files in it"),
+    "pipe.csv": (os.mkfifo, "is not a file but a pipe"),
+    "device.csv": (lambda path: path.symlink_to("/dev/zero"), "is not a file but a pipe, socket or device"),
+    "loop.csv": (lambda path: path.symlink_to(path), "symbolic links"),
+    "under/a.csv": (lambda path: path.parent.write_text(""), "Not a directory"),
+    "passwd": (lambda path: path.symlink_to("/etc/passwd"), "is of an unknown kind"),
+    "passwd.csv": (lambda path: path.symlink_to("/etc/passwd"), "has no column for id"),
+}
+
+
+@pytest.mark.parametrize("name", ODD, ids=lambda name: repr(name)[:20])
+def test_a_path_to_ingest_that_is_no_file_of_rows_is_answered_in_words(bot: Bot, name: str) -> None:
+    make, reason = ODD[name]
+    folder = bot.home / "inbox"
+    folder.mkdir()
+    path = folder / ("gone/../../gone" if name == ".." else name)
+    make(path)
+    prepare_base(bot.settings, bot.executor, lambda progress: None, Stop())
+    with pytest.raises((SourceError, ControlError), match=reason):
+        ask_to_ingest(bot, str(path))
+    assert bot.store.row_counts() == {}
+
+
+def test_a_path_to_ingest_means_what_it_means_to_the_system(bot: Bot) -> None:
+    """Links and `..` are followed; nothing is relative to wherever the daemon was started."""
+    prepare_base(bot.settings, bot.executor, lambda progress: None, Stop())
+    (bot.home / "inbox").mkdir()
+    (bot.home / "rows.csv").write_text("id,question,answer\n1,q,a\n")
+    (bot.home / "inbox/link.csv").symlink_to("../rows.csv")
+    assert ask_to_ingest(bot, f"{bot.home}/inbox/../rows.csv")["accepted"] == 1
+    assert ask_to_ingest(bot, f"{bot.home}/inbox/link.csv")["known"] == 1
+    for relative in ("rows.csv", "./rows.csv", "~/rows.csv", ""):
+        with pytest.raises(ControlError, match="absolute paths"):
+            ask_to_ingest(bot, relative)
+
+
+def ask_to_ingest(bot: Bot, path: str) -> dict[str, Any]:
+    """As by the socket, whoever is at its other end."""
+    request = Request(command="ingest", args={"paths": [path]}, who="ann", emit=lambda event: None)
+    return commands(bot)(request)
 
 
 def test_a_password_is_in_nothing_that_is_shown_or_published(tmp_path: Path) -> None:
