@@ -4,9 +4,9 @@ The daemon has its store for itself, so exactly one of the two ways works at any
 store only when it is needed: it costs more than asking the daemon.
 """
 
-import json
 import os
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,9 +56,11 @@ def may_exist(path: Path) -> bool:
 def make_bot(directory: Path, state_dir: Path | None) -> tuple[Path, Settings]:
     """A commented config.toml in `directory` and the state directory it names. Overwrites nothing."""
     path = directory / "config.toml"
-    text = config.render()
-    if state_dir is not None:
-        text = text.replace('state_dir = "state"', f"state_dir = {json.dumps(str(state_dir.absolute()))}", 1)
+    text = config.render(state_dir.absolute() if state_dir else None)
+    try:
+        tomllib.loads(text.encode().decode())
+    except ValueError as error:  # a name that is not UTF-8
+        raise ConfigError(f"{str(state_dir)!r} cannot be written in TOML: {error}; choose another") from None
     try:
         if path.exists():
             raise ConfigError(f"{path} exists already; edit it, or choose another directory")

@@ -380,7 +380,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would go.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove what [retention] lets go. The daemon does so by itself after every cycle."""
+    """Remove what [retention] lets go. A running daemon does it between two cycles, asked or not."""
     from daemon import access, console
 
     told = access.prune(_settings(config), dry_run=dry_run)

@@ -115,9 +115,10 @@ class Commands:
     def do_prune(self, request: Request, dry_run: bool = True) -> dict[str, Any]:
         """What would go; between two cycles the daemon lets it go by itself."""
         told = operations.prunable(self._daemon.settings, self._daemon.store)
-        if not dry_run:
-            self._daemon.flight.wake(untidy=True)
-        return told
+        if dry_run:
+            return told
+        self._daemon.flight.wake(untidy=True)
+        return {**told, "later": True}
 
     def do_serving(self, request: Request, version: int | None = None) -> dict[str, Any]:
         return operations.serving(self._daemon.settings, self._daemon.store, version)

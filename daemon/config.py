@@ -63,8 +63,9 @@ def load(path: Path) -> Settings:
     return _absolute(settings, path.resolve().parent)
 
 
-def render() -> str:
-    """config.toml with every key, its meaning and its default."""
+def render(state_dir: Path | None = None) -> str:
+    """config.toml with every key, its meaning and its default, or that state directory."""
+    values = STARTING_VALUES if state_dir is None else {**STARTING_VALUES, "bot.state_dir": state_dir}
     lines = [
         "# Holdfast configuration. Every key is shown with its default; a # before a key means: not set.",
         "# The two thresholds of [gate] have none; these are to start with. Without, nothing is promoted.",
@@ -73,13 +74,13 @@ def render() -> str:
     for name, field in Settings.model_fields.items():
         if name != "tasks":
             assert isinstance(field.annotation, type)
-            lines += _render_section(name, field.annotation)
+            lines += _render_section(name, field.annotation, values)
     return "\n".join([*lines, *_TASKS_EXAMPLE]) + "\n"
 
 
 # The one place where a fresh config says more than the code's defaults: without thresholds nothing
 # is promoted, and a person should see which thresholds they start with.
-STARTING_VALUES = {"gate.max_drop": 0.03, "gate.min_gain": 0.02}
+STARTING_VALUES: dict[str, Any] = {"gate.max_drop": 0.03, "gate.min_gain": 0.02}
 
 _TASKS_EXAMPLE = [
     "",
@@ -92,21 +93,22 @@ _TASKS_EXAMPLE = [
 ]
 
 
-def _render_section(name: str, section: type[BaseModel]) -> list[str]:
+def _render_section(name: str, section: type[BaseModel], values: dict[str, Any]) -> list[str]:
     lines = ["", f"# {section.__doc__}", f"[{name}]"]
     tables: list[str] = []
     for key, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            tables += _render_section(f"{name}.{key}", field.annotation)
+            tables += _render_section(f"{name}.{key}", field.annotation, values)
             continue
-        value = STARTING_VALUES.get(f"{name}.{key}", field.get_default(call_default_factory=True))
+        value = values.get(f"{name}.{key}", field.get_default(call_default_factory=True))
         shown = f"{key} = {_toml(value)}" if value is not None else f'# {key} = "..."'
         lines += [f"# {field.description}", shown]
     return lines + tables
 
 
 def _toml(value: Any) -> str:
-    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    text = json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")  # which JSON takes as it is, and TOML does not
 
 
 def _absolute(settings: Settings, home: Path) -> Settings:

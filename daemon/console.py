@@ -98,8 +98,9 @@ def _status_lines(told: dict[str, Any]) -> Iterable[tuple[str, Text]]:
     daemon = told.get("daemon")
     yield "daemon", _daemon_line(daemon)
     if told["paused"]:
-        since = f"by {told['paused']['by']} since {when(told['paused']['at'])}; `daemon resume` ends it"
-        yield "paused", Text(since, style="yellow")
+        by, at = told["paused"]["by"], told["paused"]["at"]
+        since = f" since {when(at)}" if at else ""
+        yield "paused", Text(f"by {by}{since}; `daemon resume` ends it", style="yellow")
     if daemon and daemon["config_problem"]:
         yield "config", Text(f"not reloaded, the old one counts: {daemon['config_problem']}", style="red")
     yield "champion", _champion_line(told["champion"])
@@ -300,11 +301,12 @@ def erased(told: dict[str, Any]) -> None:
 
 
 def removals(told: dict[str, Any], *, planned: bool = False) -> None:
-    """What went, or, when that is only planned, would go."""
+    """What went, or would go when that is only planned, or will when a daemon that runs was asked."""
     if not told["removals"]:
         out().print(f"nothing to remove; removed so far: {told['pruned']:,}")
         return
-    table = _table("would be removed" if planned else "removed", "of")
+    asked = "the daemon removes between two cycles" if told.get("later") else "removed"
+    table = _table("would be removed" if planned else asked, "of")
     for one in told["removals"]:
         table.add_row(one["path"], one["why"])
     out().print(table)

@@ -42,7 +42,7 @@ try:
     torchvision.ops.nms
     told["torchvision"] = torchvision.__version__
 except Exception as error:
-    told["problem"] = str(error).splitlines()[0]
+    told["problem"] = (str(error).splitlines() or [repr(error)])[0]
 print(json.dumps(told))
 """
 

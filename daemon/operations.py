@@ -193,7 +193,8 @@ def paused(store: Store) -> dict[str, Any] | None:
 def check_not_paused(store: Store) -> None:
     found = paused(store)
     if found:
-        raise ControlError(f"paused by {found['by']} since {found['at']}; `daemon resume` ends that")
+        since = f" since {found['at']}" if found["at"] else ""
+        raise ControlError(f"paused by {found['by']}{since}; `daemon resume` ends that")
 
 
 def pause(store: Store, who: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, Self, TypeVar
 import duckdb
 
 from storage.artifacts import fsync
-from storage.errors import UNREADABLE, IntegrityError, StoreBusy, StoreError
+from storage.errors import UNREADABLE, IntegrityError, StoreBusy, StoreError, first_line
 
 SQL = Path(__file__).parent / "sql"
 T = TypeVar("T")
@@ -216,7 +216,7 @@ class Database:
             yield
         except duckdb.Error as error:
             raise StoreError(
-                f"the store {self.path} could not be used: {_first_line(error)}; "
+                f"the store {self.path} could not be used: {first_line(error)}; "
                 "nothing was changed. `daemon doctor` looks for the cause"
             ) from error
 
@@ -245,7 +245,7 @@ def _reconnect(path: Path) -> Any:
 
 def _explain(path: Path, error: Exception) -> StoreError:
     """Why the file did not open, and what to do about it."""
-    text = _first_line(error)
+    text = first_line(error)
     if "set lock" in text or "different configuration" in text:
         holder = _HOLDER.search(str(error))
         process = f"process {holder[1]}" if holder else "another process"
@@ -268,10 +268,6 @@ def _explain(path: Path, error: Exception) -> StoreError:
         f"the store {path} is damaged: {text}; stop the daemon, move {path.name} and {path.name}.wal "
         "aside, put your newest backup in their place, and run `daemon doctor`"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _migrate(database: Database, folder: Path, *, now: datetime, read_only: bool) -> None:

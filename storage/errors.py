@@ -17,6 +17,11 @@ UNREADABLE = (
 )  # fmt: skip
 
 
+def first_line(error: BaseException) -> str:
+    """What a library said, without its context; the kind of error where it said nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class ConfigError(HoldfastError):
     """The configuration is not usable; run `daemon doctor` for the list of problems."""
 

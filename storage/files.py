@@ -19,7 +19,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage.errors import SourceError
+from storage.errors import SourceError, first_line
 from storage.sources import REQUIRED, Columns, RawRow, as_written, listed, quote
 
 _LONGEST_LINE = 16 * 1024 * 1024  # bytes (in CSV characters); more than that in one line is no row
@@ -50,7 +50,7 @@ def read_file(path: Path, columns: Columns, *, batch_rows: int = 20_000) -> Iter
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from None
     except (duckdb.Error, pa.ArrowException) as error:
-        raise SourceError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise SourceError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 def check_kind(path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import duckdb
 
-from storage.errors import SourceBusy, SourceError, SourceMissing
+from storage.errors import SourceBusy, SourceError, SourceMissing, first_line
 from storage.records import Clock, Cursor, OnConflict, utcnow
 
 REQUIRED = ("id", "question", "answer")
@@ -179,7 +179,7 @@ class DuckDBSource:
                 table = connection.sql(self._query(target, types, since, after)).to_arrow_table()
             except duckdb.Error as error:
                 raise SourceError(
-                    f"{self.spec.table} in {self.path} cannot be read: {_first_line(error)}; "
+                    f"{self.spec.table} in {self.path} cannot be read: {first_line(error)}; "
                     "try the table in DuckDB itself, and check source.table and source.columns"
                 ) from None
         return table, self._go_on(table, since, after)
@@ -275,7 +275,7 @@ class DuckDBSource:
         )
 
     def _explain(self, error: Exception) -> SourceError:
-        text = _first_line(error)
+        text = first_line(error)
         try:
             is_folder = stat.S_ISDIR(self._file.stat().st_mode)
         except PermissionError:
@@ -361,7 +361,3 @@ def _is_busy(error: Exception) -> bool:
 def listed(names: list[str], most: int = 20) -> str:
     shown = ", ".join(names[:most]) or "nothing"
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.artifacts import atomic_dir
-from storage.errors import UNREADABLE, IntegrityError, ModelError, ModelMissing
+from storage.errors import UNREADABLE, IntegrityError, ModelError, ModelMissing, first_line
 from strategies.contract import PreparedBase, PrepareJob, Progress
 
 RECORD = "base.json"
@@ -203,9 +203,9 @@ def _from_hub(base: str) -> Path:
     try:
         return Path(snapshot_download(base, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise ModelError(
-            f"model.base = {base!r} is not a local folder and could not be had from the hub: {reason}"
+            f"model.base = {base!r} is not a local folder and could not be had from the hub: "
+            f"{first_line(error)}"
         ) from error
 
 

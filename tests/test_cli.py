@@ -55,6 +55,44 @@ def test_init_can_put_the_state_elsewhere(tmp_path: Path) -> None:
     assert config.load(tmp_path / "etc" / "config.toml").state_dir == tmp_path / "var" / "bot"
 
 
+@pytest.mark.parametrize("name", ["\U0001f916 bot", 'quo"te', "back\\slash", "del\x7f", "tab\tline\n"])
+def test_init_writes_any_name_of_a_state_directory_as_toml(tmp_path: Path, name: str) -> None:
+    path, settings = access.make_bot(tmp_path / "etc", tmp_path / name)
+    assert settings.state_dir == config.load(path).state_dir == tmp_path / name
+    assert path.read_text().replace(config._toml(tmp_path / name), '"state"') == config.render()
+
+
+def test_init_leaves_nothing_where_a_name_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written in TOML"):
+        access.make_bot(tmp_path / "etc", tmp_path / os.fsdecode(b"\xff"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pause_whose_record_is_damaged_has_no_date(path: Path) -> None:
+    with Store.open(config.load(path).store_path) as store:
+        store.set_meta(operations.PAUSED, "{")
+        with pytest.raises(operations.ControlError, match=r"^paused by somebody \(the .* damaged\); `daemon"):
+            operations.check_not_paused(store)
+    said = " ".join(cli(path, "status").stdout.split())
+    assert "by somebody (the record is damaged); `daemon resume` ends it" in said
+
+
+@pytest.mark.parametrize(
+    ("later", "planned", "head"),
+    [
+        ({}, True, "would be removed"),
+        ({}, False, "removed"),
+        ({"later": True}, False, "the daemon removes between two cycles"),
+    ],
+)
+def test_prune_says_removed_of_what_is_gone_only(
+    capsys: pytest.CaptureFixture[str], later: dict[str, bool], planned: bool, head: str
+) -> None:
+    told = {"removals": [{"path": "cycles/1/work", "why": "cycle 1"}], "pruned": 0, **later}
+    console.removals(told, planned=planned)
+    assert capsys.readouterr().out.startswith(head + " ")
+
+
 def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['daemon', '--help']\n"

@@ -149,6 +149,14 @@ def test_values_that_nobody_means_are_answered_in_words(
     assert "internal error" not in json.dumps(told)
 
 
+def test_a_daemon_that_is_asked_to_prune_has_only_planned_it(real: Commands) -> None:
+    told = [
+        real(control.Request(command="prune", args={"dry_run": dry}, who="ann", emit=lambda event: None))
+        for dry in (True, False)
+    ]
+    assert [one.get("later") for one in told] == [None, True]
+
+
 def test_clients_that_say_half_a_line_do_not_keep_others_from_being_served(
     server: ControlServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
