@@ -9,6 +9,7 @@ is not UTF-8. Stores and judges nothing.
 
 import csv
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -29,6 +30,7 @@ _LONGEST_LINE = 16 * 1024 * 1024  # bytes (in CSV characters); more than that in
 _LONGEST_RECORD = 2 * 1024 * 1024
 _SHOWN = 4096  # of a line that is handed on as text only because it is broken
 _DELIMITERS = {".csv": (",", ";", "\t", "|"), ".tsv": ("\t",)}
+_SEPARATOR = re.compile("sep=[,;\t|]\r?\n?", re.IGNORECASE)
 _PARQUET_ROWS = 1000  # at a time
 # Without these pyarrow ends up with all columns of the file in memory.
 _PARQUET_FRUGALLY: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1024 * 1024}
@@ -69,16 +71,17 @@ def _read_json_lines(path: Path, columns: Columns) -> Iterator[RawRow]:
 
 
 def _read_json(path: Path, columns: Columns) -> Iterator[RawRow]:
-    """A .json file is one array of objects, or JSON Lines under another name."""
+    """A .json file is one array of objects, one object over several lines, or JSON Lines by another name."""
     with path.open("rb") as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
+    first = start.partition(b"\n")[0].strip()
+    if not start.startswith(b"[") and first != b"{":
         return _read_json_lines(path, columns)
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not valid JSON: {error}; nothing was taken from it") from None
-    return _map_objects(path, columns, _json_array(path, values))
+    return _map_objects(path, columns, _json_array(path, values if isinstance(values, list) else [values]))
 
 
 # What a reader of JSON finds: a location, and the object or the text and its problem.
@@ -133,7 +136,10 @@ def _map_objects(path: Path, columns: Columns, found: Iterator[_Found]) -> Itera
     head = list(islice(found, 1000))
     objects = [item for _, item, _, _ in head if item is not None]
     if head and not objects:
-        raise SourceError(f"{path} has no JSON object in its first lines; nothing was taken from it")
+        raise SourceError(
+            f"{path} has no JSON object in its first lines; nothing was taken from it. Write one object a "
+            "line, or, in a .json file, one array of objects"
+        )
     if head:
         names = list(dict.fromkeys(key for item in objects for key in item))
         _require(path, match(columns, names), names)
@@ -175,9 +181,10 @@ def _header(path: Path, columns: Columns) -> tuple[str, list[str]]:
     choices: list[tuple[str, list[str]]] = [("", [])]
     problem = ""
     for delimiter in _DELIMITERS[path.suffix.lower()]:
-        with _open_csv(path) as file:
+        file, lines = _open_csv(path)
+        with file:
             try:
-                choices.append((delimiter, next(_csv_reader(_CsvLines(file), delimiter), [])))
+                choices.append((delimiter, next(_csv_reader(lines, delimiter), [])))
             except csv.Error as error:
                 problem = problem or _in_words(error)
     delimiter, header = max(choices, key=lambda c: (_required_in(columns, c[1]), len(c[1])))
@@ -186,8 +193,15 @@ def _header(path: Path, columns: Columns) -> tuple[str, list[str]]:
     return delimiter, header
 
 
-def _open_csv(path: Path) -> TextIO:
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+def _open_csv(path: Path) -> tuple[TextIO, "_CsvLines"]:
+    """The file, and its lines after Excel's `sep=;`: what the delimiter is, the header tells as well."""
+    file = path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    lines = _CsvLines(file)
+    if _SEPARATOR.fullmatch(file.readline(10)):
+        lines.start += 1
+    else:
+        file.seek(0)
+    return file, lines
 
 
 def _csv_reader(lines: "_CsvLines", delimiter: str) -> Iterator[list[str]]:
@@ -259,8 +273,8 @@ def _in_words(error: csv.Error) -> str:
 
 
 def _csv_rows(path: Path, delimiter: str, width: int, places: dict[str, int]) -> Iterator[RawRow]:
-    with _open_csv(path) as file:
-        lines = _CsvLines(file)
+    file, lines = _open_csv(path)
+    with file:
         reader = _csv_reader(lines, delimiter)
         next(reader)
         while True:

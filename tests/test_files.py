@@ -97,6 +97,47 @@ def test_a_malformed_line_is_handed_on_as_text_with_its_place(tmp_path: Path) ->
     assert found[2].problem == "not a JSON object"
 
 
+def test_one_json_object_over_several_lines_is_one_row(tmp_path: Path) -> None:
+    (only,) = rows(put(tmp_path, "x.json", "\ufeff\n" + json.dumps(ROWS[0], indent=2)))
+    assert (only.values, only.location) == (ROWS[0], "x.json element 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("x.jsonl", "has no JSON object.*one object a line"), ("x.json", "is not valid JSON")],
+)
+def test_json_over_several_lines_where_lines_are_rows_is_told(tmp_path: Path, name: str, told: str) -> None:
+    with pytest.raises(SourceError, match=told):
+        rows(put(tmp_path, name, "\n".join(json.dumps(row, indent=2) for row in ROWS)))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_excels_line_about_the_delimiter_is_no_header(tmp_path: Path, end: str) -> None:
+    for head in ("sep=;", "\ufeffSEP=;"):
+        path = put(tmp_path, "x.csv", end.join([head, "id;question;answer", "1;a,b;c", '2;"q"q;a', ""]))
+        good, bad = rows(path)
+        assert good.values == {"id": "1", "question": "a,b", "answer": "c"}
+        assert (good.location, bad.location) == ("x.csv line 3", "x.csv line 4")
+    (row,) = rows(put(tmp_path, "x.csv", "id,question,answer,sep=\n1,q,a,;\n"))
+    assert row.values["id"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason"),
+    [
+        ("x.csv", "1,a\0b,c", "invalid-text"),
+        ("x.jsonl", '{"id": 1, "question": "a\\u0000b", "answer": "c"}', "invalid-text"),
+        ("x.jsonl", '{"id": 1, "question": "a\0b", "answer": "c"}', "unreadable"),  # which JSON forbids
+    ],
+)
+def test_a_nul_costs_its_own_row_only(tmp_path: Path, name: str, row: str, reason: str) -> None:
+    good = "2,q,a" if name == "x.csv" else '{"id": 2, "question": "q", "answer": "a"}'
+    head = "id,question,answer\n" if name == "x.csv" else ""
+    found = rows(put(tmp_path, name, f"{head}{row}\n{good}\n"))
+    judged = [validate(each, SourceSpec(), source="x", now=utcnow()) for each in found]
+    assert [each.reason if isinstance(each, Rejected) else each.question for each in judged] == [reason, "q"]
+
+
 def test_json_nested_without_end_is_a_bad_line_and_no_crash(tmp_path: Path) -> None:
     good = b'{"id": 1, "question": "q", "answer": "a"}\n'
     found = rows(put(tmp_path, "x.jsonl", good + b"[" * 200_000 + b"\n" + b'{"id": ' + b"9" * 5000 + b"}\n"))
