@@ -6,7 +6,7 @@ anything.
 
 import os
 import pwd
-import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -163,15 +163,47 @@ def _ensure_account(account: Account) -> list[str]:
 
 
 def _ensure_state_dir(path: Path, account: Account) -> list[str]:
-    """The directory belongs to the account, with all that root made there before (`sudo daemon run`)."""
+    """The directory belongs to the account, with all that root made there before (`sudo daemon run`).
+
+    Whoever has the directory may put another file, or a link, under any name in it, at any moment: every
+    file is opened, and what was opened is judged and changed.
+    """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.chmod(0o700)
-    uid = pwd.getpwnam(account.user).pw_uid
-    inside = (Path(folder) / name for folder, _, files in os.walk(path) for name in (".", *files))
-    foreign = [found for found in inside if not found.is_symlink() and found.stat().st_uid != uid]
-    for found in foreign:
-        shutil.chown(found, account.user, account.group)
-    return [f"{path} belongs to {account.user} now"] if foreign else []
+    owner, changed, left = pwd.getpwnam(account.user), False, []
+    top = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fchmod(top, 0o700)
+        for folder, _, files, number in os.fwalk(".", dir_fd=top):
+            for name in (".", *files):
+                handed_over = _hand_over(name, number, owner)
+                changed = changed or handed_over is True
+                if handed_over is None:
+                    left.append(path / folder / name)
+    finally:
+        os.close(top)
+    done = [f"{path} belongs to {account.user} now"] if changed else []
+    return done + [
+        f"left {each} as it is: that file has another name somewhere, `find / -samefile {each}`"
+        for each in left
+    ]
+
+
+def _hand_over(name: str, folder: int, owner: pwd.struct_passwd) -> bool | None:
+    """Whether the file became the owner's; None when it may be somebody else's."""
+    try:
+        opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    except OSError:  # a link, a socket, or gone by now
+        return False
+    try:
+        found = os.fstat(opened)
+        if found.st_uid == owner.pw_uid:
+            return False
+        if found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode):
+            return None
+        os.fchown(opened, owner.pw_uid, owner.pw_gid)
+        return True
+    finally:
+        os.close(opened)
 
 
 def _run(*command: str) -> None:

@@ -26,6 +26,7 @@ from tests.bots import write_config
 from tests.daemons import ROOT, cli, read_json
 
 NOBODY = 65534
+NOBODYS = unit.Account(user="nobody", group="nogroup")
 COMMANDS = (
     "init", "run", "install-service", "doctor", "audit", "status", "history", "show", "quarantine", "ask",
     "retrain-now", "cancel", "pause", "resume", "promote", "rollback", "ingest", "ui",
@@ -311,10 +312,45 @@ def test_installing_gives_back_what_root_left_in_the_state_directory(path: Path)
     state = config.load(path).state_dir
     os.chown(state, NOBODY, NOBODY)
     (state / "store.duckdb").touch(mode=0o600)
-    account = unit.Account(user="nobody", group="nogroup")
-    assert unit._ensure_state_dir(state, account) == [f"{state} belongs to nobody now"]
+    assert unit._ensure_state_dir(state, NOBODYS) == [f"{state} belongs to nobody now"]
     assert (state / "store.duckdb").stat().st_uid == NOBODY
-    assert unit._ensure_state_dir(state, account) == []
+    assert unit._ensure_state_dir(state, NOBODYS) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("place", [".", "models/base"])
+def test_installing_gives_away_no_file_that_is_put_in_the_way_meanwhile(
+    path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    state = config.load(path).state_dir
+    (state / place).mkdir(parents=True, exist_ok=True)
+    ours, secret = state / place / "store.duckdb", path.parent / "shadow"
+    ours.touch(mode=0o600)
+    secret.touch(mode=0o600)
+
+    def swapped(name: str, *given: Any, really: Any = os.open, **more: Any) -> int:
+        if name == ours.name:  # it has been listed, as a file
+            ours.unlink()
+            ours.symlink_to(secret)
+        return int(really(name, *given, **more))
+
+    monkeypatch.setattr(os, "open", swapped)
+    assert unit._ensure_state_dir(state, NOBODYS) == [f"{state} belongs to nobody now"]
+    assert secret.stat().st_uid == 0
+    assert state.stat().st_uid == (state / place).stat().st_uid == NOBODY
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_installing_gives_away_no_file_that_lies_elsewhere_too(path: Path) -> None:
+    state = config.load(path).state_dir
+    secret, name = path.parent / "shadow", state / "mlflow.db"
+    secret.touch(mode=0o600)
+    name.hardlink_to(secret)
+    told = unit._ensure_state_dir(state, NOBODYS)
+    assert told[1:] == [
+        f"left {name} as it is: that file has another name somewhere, `find / -samefile {name}`"
+    ]
+    assert secret.stat().st_uid == 0
 
 
 @pytest.mark.parametrize("command", ["status", "cancel", "retrain", "follow"])
