@@ -52,6 +52,7 @@ class Schedule:
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
         self._ahead = _ahead()
+        self.fired: datetime | None = None  # the last time, be it by an earlier daemon
 
     def start(self) -> None:
         self._scheduler.start()
@@ -63,20 +64,30 @@ class Schedule:
             if self._scheduler.get_job(_JOB):
                 self._scheduler.remove_job(_JOB)
             return
-        self._scheduler.add_job(self._fire, trigger, id=_JOB, replace_existing=True)
+        first = self._first(trigger)
+        self._scheduler.add_job(self._fire, trigger, id=_JOB, replace_existing=True, next_run_time=first)
 
     def look(self) -> None:
         """Compares the plan with the clock now, which may have been set.
 
-        A time that was planned while the clock was far ahead would not come for as long as it was.
+        A time that was planned while the clock was far ahead would not come for as long as it was. One
+        that has fired does not come again.
         """
         before, self._ahead = self._ahead, _ahead()
         job = self._scheduler.get_job(_JOB)
         if job and before - self._ahead > LOOK_SECONDS:
-            again = job.trigger.get_next_fire_time(None, datetime.now(UTC))
+            again = self._first(job.trigger)
             with suppress(JobLookupError):  # removed by a reload meanwhile
                 job.modify(next_run_time=min(again, job.next_run_time))
         self._scheduler.wakeup()
+
+    def unfired(self, since: datetime) -> datetime:
+        """Since when no time has fired: `since`, or the last firing where the clock was put back from there.
+
+        A last firing that is a day ahead or more says only that the clock was wrong.
+        """
+        fired = self.fired
+        return fired if fired is not None and since < fired < since + _DAY else since
 
     def soon(self, work: Callable[[], None]) -> None:
         """Has this done once, on the thread that also fires: one after the other."""
@@ -86,6 +97,9 @@ class Schedule:
         """The next planned time, with its time zone; None when nothing is planned."""
         job = self._scheduler.get_job(_JOB)
         return getattr(job, "next_run_time", None)
+
+    def _first(self, trigger: BaseTrigger) -> datetime | None:
+        return _next(trigger, self.unfired(datetime.now(UTC) - timedelta(microseconds=1)))
 
     def stop(self) -> None:
         if self._scheduler.running:

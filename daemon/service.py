@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,7 +56,7 @@ START_PATIENCE = 120.0
 # Exit codes that systemd restarts: EX_SOFTWARE, and EX_TEMPFAIL while another command works on the state.
 # 1 means that a person must act first.
 BROKEN, BUSY = 70, 75
-_PLAN = "schedule"  # the key in the store's meta: the plan, and until when its firings were seen
+_PLAN = "schedule"  # the key in the store's meta: the plan, until when its firings were seen, and the last
 
 
 def run(config_path: Path) -> int:
@@ -116,9 +116,7 @@ class Service:
     def run(self) -> int:
         daemon, code = self._daemon, BROKEN
         try:
-            self._plan()
-            self._catch_up()
-            self._seen()
+            self._take_up_schedule()
             self._schedule.start()
             daemon.flight.start()
             self._control.start()
@@ -271,6 +269,7 @@ class Service:
     def _fire(self) -> None:
         """It is time. Runs on the scheduler's thread."""
         self._due = False
+        self._schedule.fired = datetime.now(UTC)
         try:
             cycle, joined = self._daemon.flight.request("schedule", "schedule")
         except ControlError as error:
@@ -288,6 +287,11 @@ class Service:
         if self._due:
             self._fire()
 
+    def _take_up_schedule(self) -> None:
+        self._catch_up()
+        self._plan()
+        self._seen()
+
     def _plan(self) -> None:
         plan = self._daemon.settings.schedule
         self._schedule.plan(plan.cron, plan.timezone)
@@ -297,13 +301,15 @@ class Service:
         plan, store = self._daemon.settings.schedule, self._daemon.store
         try:
             known = json.loads(store.get_meta(_PLAN) or "{}")
-            seen = datetime.fromisoformat(known["seen"]) if known else None
+            seen = _time(known["seen"]) if known else None
+            if self._schedule.fired is None and "fired" in known:
+                self._schedule.fired = _time(known["fired"])
         except UNREADABLE as error:  # at worst a firing is missed
             log.warning("the schedule's state is damaged: %s", error, extra={"action": "unread"})
             known, seen = {}, None
         if seen is not None and (known.get("cron"), known.get("timezone")) == (plan.cron, plan.timezone):
-            due = schedule.next_run(plan.cron, plan.timezone, after=seen)
-            if due is not None and due.timestamp() <= time.time():
+            due = schedule.next_run(plan.cron, plan.timezone, after=self._schedule.unfired(seen))
+            if due is not None and due <= datetime.now(UTC):
                 log.info("the firing of %s was missed", due.isoformat(), extra={"action": "missed"})
                 self._fire()
 
@@ -311,7 +317,13 @@ class Service:
         if self._due:
             return  # the next start, too, must find that it was missed
         plan = self._daemon.settings.schedule
-        seen = {"cron": plan.cron, "timezone": plan.timezone, "seen": operations.moment(utcnow())}
+        fired = self._schedule.fired
+        seen = {
+            "cron": plan.cron,
+            "timezone": plan.timezone,
+            "seen": operations.moment(datetime.now(UTC)),
+            **({"fired": operations.moment(fired)} if fired else {}),
+        }
         try:
             self._daemon.store.set_meta(_PLAN, json.dumps(seen))
         except StoreError as error:  # a full disk: at worst a cycle is asked for twice
@@ -366,6 +378,10 @@ def status_line(activity: Activity) -> str:
     count = f" {step.step}/{step.steps}" if step.steps else ""
     left = f", {step.left:.0f} s left" if step.left is not None else ""
     return f"cycle {activity.cycle_id}: {step.stage}{count}{left}"
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)
 
 
 def _check_same_bot(old: Settings, new: Settings) -> None:

@@ -1,16 +1,25 @@
 """Cron as cron means it, and the thread that keeps to it."""
 
+import queue
 import threading
+from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from itertools import pairwise
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
 from apscheduler.executors.debug import DebugExecutor
 from apscheduler.schedulers import base as scheduler
 
+from daemon import config, service
+from daemon import schedule as schedules
+from daemon.notify import Notifier
 from daemon.schedule import Schedule, next_run
 from storage.errors import ConfigError
+from storage.records import Cycle
+from storage.store import Store
+from tests.bots import write_config
 
 SUNDAY = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
@@ -78,6 +87,7 @@ def test_a_time_zone_shifts_the_firing() -> None:
 
 # When the clocks change. Berlin puts them forward at 2:00 on 29 March, and back at 3:00 on 25 October.
 
+SUMMER = datetime(2026, 7, 1, 12, tzinfo=UTC)
 SPRING, AUTUMN = datetime(2026, 3, 28, 12, tzinfo=UTC), datetime(2026, 10, 24, 12, tzinfo=UTC)
 NIGHT = datetime(2026, 10, 24, 23, tzinfo=UTC)  # an hour after midnight
 
@@ -132,20 +142,6 @@ def test_there_is_one_firing_a_day_all_the_year(zone: str, cron: str) -> None:
     assert days == [date(2026, 1, 1) + timedelta(days=n) for n in range(365)]
 
 
-@pytest.mark.parametrize("evening", [SPRING, AUTUMN])
-@pytest.mark.parametrize("minutes", [7, 20, 60, 90])
-def test_a_daemon_restarted_all_night_long_asks_once(evening: datetime, minutes: int) -> None:
-    """As `daemon.service` does at its start: what was due since the last look is one firing."""
-    fired, seen = 0, evening
-    while seen < evening + timedelta(hours=24):
-        now = seen + timedelta(minutes=minutes)
-        due = next_run("30 2 * * *", "Europe/Berlin", after=seen)
-        assert due is not None
-        fired += due <= now
-        seen = now
-    assert fired == 1
-
-
 class Moved(datetime):
     """The scheduler's clock, which the test moves."""
 
@@ -156,23 +152,145 @@ class Moved(datetime):
         return cls.at.astimezone(tz)
 
 
-def test_the_scheduler_fires_once_in_the_hour_that_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """APScheduler's own turns, one a minute through the night."""
-    fired: list[datetime] = []
-    schedule = Schedule(lambda: fired.append(Moved.at))
-    monkeypatch.setattr(scheduler, "datetime", Moved)
-    schedule._scheduler.start(paused=True)
-    try:
-        schedule._scheduler.remove_executor("default")
-        schedule._scheduler.add_executor(DebugExecutor())  # fires on the spot
-        schedule.plan("30 2 * * *", "Europe/Berlin")
-        schedule._scheduler.state = scheduler.STATE_RUNNING
-        for _ in range(24 * 60):
+class Night:
+    """The parts of `daemon.service` that keep to a schedule, on a clock that the test moves."""
+
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch, evening: datetime) -> None:
+        self.path = write_config(home, home, schedule__cron="30 2 * * *", schedule__timezone="Europe/Berlin")
+        self.settings = config.load(self.path)
+        self.store = Store.open(self.settings.store_path)
+        self.fired: list[datetime] = []
+        self.steady = 0.0
+        Moved.at = evening
+        for module in (scheduler, schedules, service):
+            monkeypatch.setattr(module, "datetime", Moved)
+        monkeypatch.setattr(schedules, "_ahead", lambda: Moved.at.timestamp() - self.steady)
+        self.start()
+
+    def start(self) -> None:
+        notifier, mail = Notifier.from_environment(), queue.SimpleQueue[str]()
+        self.service = service.Service(self.path, self.settings, self.store, notifier, mail)
+        self.service._daemon.flight.request = self.request  # type: ignore[method-assign]
+        turns = self.service._schedule._scheduler
+        self.service._take_up_schedule()
+        turns.start(paused=True)  # its thread sleeps: the test takes its turns
+        turns.wakeup = lambda: None
+        turns.remove_executor("default")
+        turns.add_executor(DebugExecutor())  # fires on the spot
+        turns.state = scheduler.STATE_RUNNING
+
+    def stop(self) -> None:
+        self.service._schedule._scheduler.__dict__.pop("wakeup")
+        self.service._schedule.stop()
+        self.service._control.close()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def request(self, trigger: str, who: str) -> tuple[Cycle, bool]:
+        self.fired.append(Moved.at)
+        return self.store.request_cycle(trigger, who), False
+
+    def goes_on(self, minutes: int) -> None:
+        for _ in range(minutes):
             Moved.at += timedelta(minutes=1)
-            schedule._scheduler._process_jobs()
-    finally:
-        schedule.stop()
-    assert fired == [datetime(2026, 10, 25, 0, 30, tzinfo=UTC)]
+            self.steady += 60
+            self.service._looked = float("-inf")
+            self.service._look_at_the_clock()
+            self.service._schedule._scheduler._process_jobs()
+
+    def sleeps(self, minutes: int) -> None:
+        """Powered off, or suspended: the clock goes on alone."""
+        Moved.at += timedelta(minutes=minutes)
+
+    def clock_is_set(self, to: datetime) -> None:
+        Moved.at = to
+
+
+@pytest.fixture
+def night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Night]:
+    made = Night(tmp_path, monkeypatch, getattr(request, "param", SUMMER))
+    yield made
+    made.stop()
+    made.store.close()
+
+
+@pytest.mark.parametrize(
+    ("night", "at"),
+    [(SPRING, "2026-03-29T01:30+00:00"), (AUTUMN, "2026-10-25T00:30+00:00")],
+    indirect=["night"],
+)
+def test_the_daemon_fires_once_in_the_night_of_a_clock_change(night: Night, at: str) -> None:
+    night.goes_on(24 * 60)
+    assert [found.isoformat(timespec="minutes") for found in night.fired] == [at]
+
+
+@pytest.mark.parametrize("night", [SPRING, AUTUMN], indirect=True)
+@pytest.mark.parametrize(("minutes", "runs"), [(7, 1), (20, 0), (60, 5), (90, 1)])
+def test_a_daemon_restarted_all_night_long_asks_once(night: Night, minutes: int, runs: int) -> None:
+    """What was due while it was down is made up, and what has fired is not."""
+    end = Moved.at + timedelta(hours=24)
+    while Moved.at < end:
+        night.goes_on(runs)
+        night.sleeps(minutes - runs)
+        night.restart()
+    assert len(night.fired) == 1
+
+
+@pytest.mark.parametrize("night", [SPRING, AUTUMN], indirect=True)
+@pytest.mark.parametrize("restarts", [(), ("before",), ("after",), ("before", "after"), ("reload",)])
+@pytest.mark.parametrize("back", [1, 60, 120])
+def test_a_clock_that_is_put_back_after_the_firing_does_not_bring_it_again(
+    night: Night, restarts: tuple[str, ...], back: int
+) -> None:
+    night.sleeps(12 * 60)
+    while not night.fired:
+        night.goes_on(1)
+    fired = night.fired[0]
+    if "before" in restarts:
+        night.restart()
+    night.clock_is_set(Moved.at - timedelta(minutes=back))
+    if "after" in restarts:
+        night.restart()
+    if "reload" in restarts:
+        night.service._reload()
+    night.goes_on(back // 2)
+    if "after" in restarts:
+        night.restart()
+    night.goes_on(back + 10)
+    assert night.fired == [fired]
+    night.sleeps(20 * 60)
+    while len(night.fired) == 1:
+        night.goes_on(1)
+    wall = night.fired[1].astimezone(ZoneInfo("Europe/Berlin"))
+    assert (wall.hour, wall.minute // 10) == (2, 3)
+    assert timedelta(hours=20) < night.fired[1] - fired < timedelta(hours=26), "the next night has its own"
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_firing_far_ahead_of_the_right_time_does_not_stop_the_schedule(
+    night: Night, restarted: bool
+) -> None:
+    right = Moved.at
+    night.clock_is_set(right + timedelta(days=200))
+    while not night.fired:
+        night.goes_on(10)
+    night.clock_is_set(right)
+    if restarted:
+        night.restart()
+    night.goes_on(24 * 60)
+    assert [at.date() for at in night.fired[1:]] == [date(2026, 7, 2)]
+
+
+def test_a_daemon_that_is_down_at_its_time_makes_it_up_although_the_clock_was_put_back(night: Night) -> None:
+    night.goes_on(24 * 60)
+    assert len(night.fired) == 1
+    night.clock_is_set(Moved.at - timedelta(hours=1))
+    night.restart()
+    night.sleeps(24 * 60)
+    night.restart()
+    assert len(night.fired) == 2
 
 
 @pytest.mark.parametrize(
