@@ -196,10 +196,11 @@ class CycleRunner:
             work=str(result.parent / "work"),
             parent=str(parent) if parent else None,
             parent_adapter=grown_from,
-            model=specs.model,
+            model=located(self.settings, specs.model),
             lora=specs.lora,
             train=specs.train,
             strategy=strategy,
+            home=str(self.settings.state_dir),
         )
 
     def _blend(self, cycle: Cycle, snapshot: Snapshot, stop: Stop) -> Cycle:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from daemon import experience
+from daemon.base import located
 from daemon.executor import Executor, OnProgress, Stop
 from daemon.gate import SuiteScores
 from daemon.settings import Settings
@@ -150,21 +151,23 @@ def _session(
     spec = specs(snapshot)
     exams = _exams(snapshot, papers)
     models = {label: model_key(path, spec.model.fingerprint) for label, path in adapters.items()}
+    unanswered = tuple(
+        (label, exam.task.name)
+        for label, model in models.items()
+        for exam in exams
+        if not store.predictions(model, exam.key)
+    )
     job = EvaluateJob(
         out=str(out),
-        model=spec.model,
+        model=located(settings, spec.model) if unanswered else spec.model,
         models={label: str(path) if path else None for label, path in adapters.items()},
         keys=models,
         suites=tuple(SuiteJob(task=e.task, path=str(papers[e.task.name].path)) for e in exams),
-        plan=tuple(
-            (label, exam.task.name)
-            for label, model in models.items()
-            for exam in exams
-            if not store.predictions(model, exam.key)
-        ),
+        plan=unanswered,
         batch_size=settings.evaluation.batch_size,
         max_new_tokens=spec.max_new_tokens,
         threads=spec.train.threads,
+        home=str(settings.state_dir),
     )
     return Session(exams=exams, models=models, job=job)
 

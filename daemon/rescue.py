@@ -182,6 +182,7 @@ def blend(
     assert cycle.parent is not None
     result = settings.state_dir / current.result
     job = _blend_job(
+        home=settings.state_dir,
         champion=experience.parent_result(store, settings, cycle.parent),
         source=settings.state_dir / candidates[current.source - 1].result,
         out=result.parent / "work" / "blends",
@@ -198,7 +199,7 @@ def blend(
     return replace(current, curve=curve.to_json(), share=choice.share, model=adapter)
 
 
-def _blend_job(champion: Path, source: Path, out: Path) -> BlendJob:
+def _blend_job(home: Path, champion: Path, source: Path, out: Path) -> BlendJob:
     hashes = [examination.adapter_hash(result_files(end)["adapter"]) for end in (champion, source)]
     return BlendJob(
         out=str(out),
@@ -207,6 +208,7 @@ def _blend_job(champion: Path, source: Path, out: Path) -> BlendJob:
         candidate=str(source),
         candidate_adapter=hashes[1],
         shares=tradeoff.GRID,
+        home=str(home),
     )
 
 

@@ -23,8 +23,19 @@ class Record:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the whole record. A job's is kept with what was made for it."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """SHA-256 of the whole record. A job's is kept with what was made for it.
+
+        What lies in a job's `home` counts by its place in there, and a base by its fingerprint: the work of
+        a home that was moved is found again.
+        """
+        values = dataclasses.asdict(self)  # type: ignore[call-overload]
+        home = values.pop("home", "")
+        if home and "model" in values:
+            del values["model"]["path"]
+        text = json.dumps(values, default=str, sort_keys=True)
+        if home:
+            text = text.replace(json.dumps(f"{home}/")[1:-1], "")
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -165,6 +176,7 @@ class TrainJob(Record):
     strategy: StrategySpec
     parent: str | None = None  # result directory of the champion's training; None: a fresh adapter
     parent_adapter: str = ""  # SHA-256 of its weights
+    home: str = ""  # the state directory
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -193,6 +205,7 @@ class BlendJob(Record):
     candidate: str
     candidate_adapter: str
     shares: tuple[float, ...]
+    home: str = ""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -230,6 +243,7 @@ class EvaluateJob(Record):
     batch_size: int = 32
     max_new_tokens: int = 64
     threads: int = 0
+    home: str = ""
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

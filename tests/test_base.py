@@ -23,7 +23,8 @@ from strategies.answer import Answerer
 from strategies.base import RECORD, _stamp, fingerprint, prepare, prepared
 from strategies.contract import ModelSpec, PreparedBase, PrepareJob, Progress
 from strategies.text import Prompter
-from tests.bots import FLAVOURS, lesson, make_bot
+from tests.bots import FLAVOURS, Bot, lesson, make_bot
+from tests.test_cycle import Crash, stop_after_polls
 from tests.toys import CHATML, tiny_base, tiny_multimodal, tiny_tokenizer
 
 
@@ -176,6 +177,54 @@ def test_a_cycle_under_way_does_not_go_on_with_another_base(
     bot.store.close()
     assert cycle.state is State.FAILED
     assert "is not what it was" in (cycle.reason or "")
+
+
+def stopped_in_training(bot: Bot) -> None:
+    with pytest.raises(Interrupted):
+        bot.run(bot.request(), stop_after_polls(3))
+
+
+def killed_after(stage: str) -> Callable[[Bot], None]:
+    def kill(done: str) -> None:
+        if done == stage:
+            raise Crash
+
+    def until_then(bot: Bot) -> None:
+        bot.executor.after = kill
+        with pytest.raises(Crash):
+            bot.run()
+
+    return until_then
+
+
+@pytest.mark.parametrize(
+    ("until_then", "made"),
+    [
+        (stopped_in_training, None),
+        (killed_after("train"), "train/adapter/adapter_model.safetensors"),
+        (killed_after("evaluate"), "evaluate/predictions.parquet"),
+    ],
+    ids=["stopped in training", "killed after training", "killed after the exam"],
+)
+def test_a_cycle_under_way_goes_on_where_the_state_and_the_base_were_moved_to(
+    tmp_path: Path, until_then: Callable[[Bot], None], made: str | None
+) -> None:
+    bot = make_bot(tmp_path / "old")
+    bot.collect(lesson("colours"))
+    until_then(bot)
+    bot.store.close()
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = make_bot(tmp_path / "new", tmp_path / "new" / "base")
+    folder = moved.settings.state_dir / "cycles" / "1"
+    before = (folder / made).stat().st_ino if made else None
+    (left,) = moved.store.unfinished()
+    cycle = moved.run(left)
+    moved.store.close()
+    assert cycle.state is State.PROMOTED, cycle.reason
+    if made is None:
+        assert json.loads((folder / "train" / "report.json").read_text())["resumed"] == 1
+    else:
+        assert (folder / made).stat().st_ino == before, "it was found, not made again"
 
 
 def test_a_version_answers_with_its_own_base_wherever_that_is_now(tmp_path: Path) -> None:
