@@ -14,7 +14,7 @@ from typing import Protocol
 
 from daemon import operations
 from daemon.executor import Stop
-from storage.errors import ControlError, HoldfastError, Interrupted
+from storage.errors import ControlError, HoldfastError, Interrupted, StoreError
 from storage.records import Cycle, State
 from storage.store import Store
 from strategies.contract import Progress
@@ -22,6 +22,7 @@ from strategies.contract import Progress
 log = logging.getLogger(__name__)
 
 HOUSEKEEPING_SECONDS = 600.0  # until what could not be tidied up is tried again
+STORE_SECONDS = 10.0  # until a store that could not be used is tried again
 
 
 class Runner(Protocol):
@@ -172,7 +173,11 @@ class Flight:
         while not self._closing:
             self._tidy()
             with self._turn:
-                unfinished = [] if operations.paused(self.store) else self.store.unfinished()
+                try:
+                    unfinished = [] if operations.paused(self.store) else self.store.unfinished()
+                except StoreError as error:
+                    self._rest_from(error)
+                    continue
                 if unfinished and not self._closing:
                     self._stop = Stop()
                     self._tell(cycle_id=unfinished[0].id, progress=None, waiting=None)
@@ -220,9 +225,12 @@ class Flight:
     def _may_try(self) -> bool:
         """Also false when there is something to tidy up first."""
         with self._turn:
-            if self._stop.is_set() or not operations.paused(self.store):
-                return True
-            self._rest()
+            try:
+                if self._stop.is_set() or not operations.paused(self.store):
+                    return True
+                self._rest()
+            except StoreError as error:
+                self._rest_from(error)
             return False
 
     def _rest(self) -> None:
@@ -230,10 +238,20 @@ class Flight:
         if not self._closing and not self._asked:  # it may have been asked while it tidied up
             self._turn.wait(HOUSEKEEPING_SECONDS if self._untidy else None)
 
+    def _rest_from(self, error: StoreError) -> None:
+        """A reader has the store, or its disk is full: to be held with the turn."""
+        log.error("%s; tried again in %.0f s", error, STORE_SECONDS, extra={"action": "store-unused"})
+        if not self._closing:
+            self._turn.wait(STORE_SECONDS)
+
     def _give_up(self, cycle_id: int, reason: str) -> None:
-        cycle = self.store.cycle(cycle_id)
-        if cycle is not None and not cycle.state.ended:
-            self.store.advance(cycle_id, State.FAILED, reason=reason)
+        try:
+            cycle = self.store.cycle(cycle_id)
+            if cycle is not None and not cycle.state.ended:
+                self.store.advance(cycle_id, State.FAILED, reason=reason)
+        except StoreError as error:  # it is met again, and given up then
+            with self._turn:
+                self._rest_from(error)
 
     def _tidy(self) -> None:
         if self._untidy and not self._closing:

@@ -9,7 +9,7 @@ import pytest
 from daemon import operations
 from daemon.executor import Stop
 from daemon.flight import Activity, Backoff, Flight
-from storage.errors import Cancelled, ControlError, RegistryUnavailable, SourceBusy
+from storage.errors import Cancelled, ControlError, RegistryUnavailable, SourceBusy, StoreBusy
 from storage.records import Cycle, State
 from storage.store import Store
 
@@ -372,3 +372,49 @@ def test_what_is_asked_for_while_it_tidies_up_is_not_forgotten(tmp_path: Path) -
         assert again.wait(PATIENCE)
         flight.close()
         flight._thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize("when", ["idle", "waiting", "paused", "giving up"])
+def test_a_store_that_cannot_be_used_for_a_while_does_not_end_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    """A stranger who reads slipped in while it was opened afresh."""
+    made = Scene(tmp_path / "store.duckdb")
+    used, refused, away = made.store._db._use, threading.Semaphore(0), threading.Event()
+
+    def use() -> object:
+        if threading.current_thread() is made.flight._thread and not away.is_set():
+            refused.release()
+            raise StoreBusy("process 7 holds the store")
+        return used()
+
+    monkeypatch.setattr("daemon.flight.STORE_SECONDS", 0.01)
+    if when == "waiting":
+        made.runner.errors = [SourceBusy("the collector has it")]
+        made.flight._backoff = Backoff(first=0.0)
+    if when == "giving up":
+        made.runner.errors = [ValueError("a bug")] * 9
+    made.runner.may_fail.clear()
+    made.runner.let_through.set()
+    if when == "paused":
+        operations.pause(made.store, "ann")
+    elif when != "idle":
+        made.flight.request("manual", "ann")
+    made.flight.start()
+    if when in ("waiting", "giving up"):
+        made.entered()
+    monkeypatch.setattr(made.store._db, "_use", use)
+    made.runner.may_fail.set()
+    made.flight.wake()
+    for _ in range(3):
+        assert refused.acquire(timeout=PATIENCE)
+        made.flight.wake()
+    away.set()
+    if when == "paused":
+        operations.resume(made.store, "ann")
+    made.runner.errors.clear()
+    cycle, _ = made.flight.request("manual", "bob")
+    made.until(lambda a: a.cycle_id is None and made.state(cycle.id).ended)
+    assert "process 7 holds the store; tried again" in caplog.text
+    made.end()
+    made.store.close()
