@@ -5,6 +5,7 @@ may use it. One connection is shared by all threads under one lock, and a transa
 begin to commit.
 """
 
+import fcntl
 import os
 import re
 import threading
@@ -27,6 +28,7 @@ T = TypeVar("T")
 # Extensions are never fetched: everything the store needs is built in.
 _CONFIG = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 _PATIENCE = 30.0  # seconds for a reader to go
+_WHO = "; is a daemon already running? Try `daemon status`"
 _HOLDER = re.compile(r"PID (\d+)")
 _MIGRATION = re.compile(r"^(\d{3})_\w+\.sql$")
 
@@ -110,7 +112,8 @@ class Database:
     def rewrite(self) -> None:
         """Puts a copy in the file's place that has nothing but what is in the tables now.
 
-        A crash leaves the old file or the new one. Raises `StoreBusy` when a reader comes in between.
+        A crash leaves the old file or the new one. Raises `StoreBusy` when a reader has the file that is to
+        go, and `StoreError` when its journal is still there, which would be taken for the new one's.
         """
         aside = self.path.with_name(f".{self.path.name}.new")
         with self._lock, self._in_words():
@@ -126,14 +129,15 @@ class Database:
                 connection.execute(f"ATTACH '{quoted[1]}' AS holdfast_new")
                 connection.execute(f'COPY FROM DATABASE "{quoted[0]}" TO holdfast_new')
                 connection.execute("DETACH holdfast_new")
+                self._let_go()  # writes its journal into the file that goes
+                with _alone(self.path):
+                    os.replace(aside, self.path)
+                    fsync(self.path.parent)  # before there is a journal, which fits the new file only
             except BaseException:  # half a copy on a full disk would keep it full
                 self._let_go()
                 for leftover in leftovers:
                     leftover.unlink(missing_ok=True)
                 raise
-            self._let_go()  # writes its journal into the file that goes
-            os.replace(aside, self.path)
-            fsync(self.path.parent)  # before there is a journal, which fits the new file only
             self._use()
 
     def refresh(self) -> None:
@@ -237,10 +241,32 @@ def _reconnect(path: Path) -> Any:
     while True:
         try:
             return _connect(path, read_only=False)
-        except StoreBusy:
+        except StoreBusy as error:
             if time.monotonic() > deadline:
-                raise
+                raise StoreBusy(
+                    f"{str(error).removesuffix(_WHO)}: it came while the daemon opened the store afresh, and "
+                    "stays; end it, and the daemon goes on"
+                ) from None
             time.sleep(0.05)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Nobody has the file open, nor opens it while the block runs, by the lock that DuckDB itself takes."""
+    with open(path, "rb+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StoreBusy(
+                f"another process began to read the store {path}, which is to be replaced"
+            ) from None
+        journal = path.with_name(f"{path.name}.wal")
+        if journal.exists():
+            raise StoreError(
+                f"{journal} was not written into the store, which is to be replaced; `daemon doctor` looks "
+                "for the cause"
+            )
+        yield
 
 
 def _explain(path: Path, error: Exception) -> StoreError:
@@ -249,9 +275,7 @@ def _explain(path: Path, error: Exception) -> StoreError:
     if "set lock" in text or "different configuration" in text:
         holder = _HOLDER.search(str(error))
         process = f"process {holder[1]}" if holder else "another process"
-        return StoreBusy(
-            f"{process} holds the store {path}; is a daemon already running? Try `daemon status`"
-        )
+        return StoreBusy(f"{process} holds the store {path}{_WHO}")
     if "Cannot open file" in text or "ermission denied" in text:
         return StoreError(f"the store {path} cannot be opened: {text}; check the owner and mode of the file")
     if "version number" in text:

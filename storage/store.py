@@ -51,10 +51,14 @@ class Store(Removals):
         Raises `StoreBusy` when another process holds it, `StoreError` when it cannot be used.
         """
         store = cls(Database.open(Path(path), now=clock(), read_only=read_only), clock)
-        if not read_only:
-            store.name_words()
-            if store.get_meta(_ID) is None:
-                store.set_meta(_ID, uuid.uuid4().hex)
+        try:
+            if not read_only:
+                store.name_words()
+                if store.get_meta(_ID) is None:
+                    store.set_meta(_ID, uuid.uuid4().hex)
+        except BaseException:  # whoever tries again must not meet this one
+            store.close()
+            raise
         return store
 
     def refresh(self) -> None:

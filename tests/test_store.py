@@ -1,7 +1,10 @@
 """What the store promises: rows once, cycles along their arrows, promotions on record."""
 
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -501,6 +504,75 @@ def test_a_reader_that_comes_in_between_costs_a_try_and_not_the_store(
     monkeypatch.setattr(database, "_connect", connect)
     assert [event.kind for event in store.events()] == ["started"]
     assert len(reader) >= 2
+
+
+@contextmanager
+def reader(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the store open and stays."""
+    reads = (
+        "import duckdb, sys; it = duckdb.connect(sys.argv[1], read_only=True); "
+        "print('in', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", reads, str(path)], **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.read(2) == "in"
+        yield process
+        process.stdin.close()
+
+
+def test_a_reader_that_comes_in_while_the_store_is_opened_afresh_is_named_and_waited_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.event("started")
+    monkeypatch.setattr(database, "_PATIENCE", 0.0)
+    store._db._let_go()
+    with reader(store._db.path) as process, pytest.raises(StoreBusy) as told:
+        store.events()
+    assert f"process {process.pid} holds the store" in str(told.value)
+    assert "end it" in str(told.value)
+    assert "is a daemon already running" not in str(told.value)
+    assert [event.kind for event in store.events()] == ["started"]
+
+
+@pytest.mark.parametrize("left", ["a reader", "the journal"])
+def test_a_store_that_somebody_reads_or_whose_journal_is_left_is_not_replaced(
+    store: Store, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    store.event("started")
+    path, let_go, inode = store._db.path, store._db._let_go, store._db.path.stat().st_ino
+    journal = path.with_name(f"{path.name}.wal")
+    with ExitStack() as until_then, monkeypatch.context() as patch:
+
+        def then_somebody_comes() -> None:
+            let_go()
+            patch.undo()
+            if left == "a reader":
+                until_then.enter_context(reader(path))
+            else:
+                journal.touch()
+
+        patch.setattr(store._db, "_let_go", then_somebody_comes)
+        with pytest.raises(StoreError, match="which is to be replaced") as told:
+            store.rewrite()
+        assert isinstance(told.value, StoreBusy) == (left == "a reader")
+    journal.unlink(missing_ok=True)
+    assert path.stat().st_ino == inode
+    assert [each.name for each in path.parent.iterdir() if each.name.endswith(".new")] == []
+    store.rewrite()
+    assert path.stat().st_ino != inode
+    assert [event.kind for event in store.events()] == ["started"]
+
+
+def test_a_store_whose_opening_fails_can_be_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "store.duckdb"
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "set_meta", lambda *given: (_ for _ in ()).throw(StoreError("no space")))
+        with pytest.raises(StoreError, match="no space") as failed:
+            Store.open(path)
+    Store.open(path).close()
+    assert failed.value.__traceback__ is not None, "which still has the first one"
 
 
 def test_a_copy_that_the_disk_has_no_room_for_leaves_nothing_behind_and_the_next_try_may_come(
