@@ -27,6 +27,7 @@ from storage.store import ALL, Store
 log = logging.getLogger(__name__)
 
 # Of a version's run in MLflow, by the last part of its path.
+_LOST = "lost/"  # and a cycle: what MLflow may have of it, and the store has not
 _FILES = {"model": ("model",), "answers": (PREDICTIONS,)}
 
 
@@ -218,11 +219,14 @@ def _remove_from_mlflow(store: Store, registry: Registry) -> None:
             version, _, what = path.removeprefix(MLFLOW).partition("/")
             registry.prune(int(version), _FILES[what], {f"holdfast.pruned.{what}": f"{told.at:%Y-%m-%d}"})
             store.pruning_done(path)
+    known = store.pruned()
     lost = {  # cancelled after MLflow had the version and before the store did
         cycle.id: cycle.state
         for cycle in store.cycles(ALL)
-        if cycle.state in (State.FAILED, State.CANCELLED) and store.verdict(cycle.id)
+        if cycle.state in (State.FAILED, State.CANCELLED) and f"{_LOST}{cycle.id}" not in known
+        if store.verdict(cycle.id)
     }
     for listed in registry.look().versions if lost else ():  # looking asks for every version
         if listed.cycle_id in lost and store.model(listed.version) is None:
             registry.prune(listed.version, _FILES["model"], {"holdfast.verdict": str(lost[listed.cycle_id])})
+    store.prune([(f"{_LOST}{number}", f"cycle {number}, {state}") for number, state in lost.items()])

@@ -319,6 +319,8 @@ def test_a_version_that_only_mlflow_knows_loses_its_files(
     assert unknown.weights is not None
     assert not unknown.weights.is_file()
     assert audited(bot) == []
+    monkeypatch.setattr(bot.registry, "look", cut)
+    prune(bot)  # it is on record: MLflow is not asked again
 
 
 def test_people_can_look_before(bot: Bot) -> None:
