@@ -86,20 +86,20 @@ def pull(
     """Everything new in the source into the store.
 
     The cursor moves only when every batch is stored; a crash before that means reading again. It says nothing
-    of other columns than those that were read, nor of what was refused by other labels: then everything is
-    compared.
+    of other columns than those that were read, nor of what was refused by other labels, another limit of
+    tokens or another rule for conflicts: then everything is compared.
     """
-    place, columns = f"columns of {source.name}", repr(source.spec.columns)
-    if source.spec.labels:
-        columns += repr(sorted((task, sorted(labels)) for task, labels in source.spec.labels.items()))
-    cursor = store.cursor(source.name) if store.get_meta(place) == columns else None
+    place, spec = f"columns of {source.name}", source.spec
+    labels = sorted((task, sorted(labels)) for task, labels in spec.labels.items())
+    read_by = repr((spec.columns, labels, str(spec.on_conflict), max_tokens))
+    cursor = store.cursor(source.name) if store.get_meta(place) == read_by else None
     report = take(
-        source.batches(cursor), store, source.spec, shares=shares, count_tokens=count_tokens,
+        source.batches(cursor), store, spec, shares=shares, count_tokens=count_tokens,
         max_tokens=max_tokens, source_name=source.name,
     )  # fmt: skip
     with store.transaction():
         store.save_cursor(source.name, source.next_cursor(cursor))
-        store.set_meta(place, columns)
+        store.set_meta(place, read_by)
     return report
 
 

@@ -488,6 +488,31 @@ def test_what_other_labels_refused_is_read_again_when_they_change(store: Store, 
     assert (pulls[2].accepted, store.quarantine_counts()) == (1, {"unknown-label": 1})
 
 
+def test_what_another_limit_of_tokens_or_rule_for_conflicts_kept_out_is_read_again(
+    store: Store, tmp_path: Path
+) -> None:
+    path = tmp_path / "qa.duckdb"
+    with duckdb.connect(str(path)) as db:
+        db.execute("CREATE TABLE qa (id INT, question TEXT, answer TEXT, told TIMESTAMP)")
+        db.execute("INSERT INTO qa VALUES (1, 'how is it', 'fine', '2026-01-01')")
+        db.execute("INSERT INTO qa VALUES (2, 'how is it', 'bad', '2026-01-02')")
+        db.execute("INSERT INTO qa VALUES (3, 'how was it', 'it was so so', '2026-01-03')")
+        db.execute("INSERT INTO qa VALUES (4, 'how was all', 'good', '2026-02-01')")
+    strict = SourceSpec(path=path, columns=Columns(task="", created_at="told"), on_conflict="quarantine")
+
+    def take_in(spec: SourceSpec, max_tokens: int) -> IntakeReport:
+        found = DuckDBSource(spec, clock=lambda: NOW)
+        return pull(found, store, shares=SHARES, count_tokens=lambda q, a: len(a), max_tokens=max_tokens)
+
+    assert take_in(strict, 6).rejected > 0
+    assert take_in(strict, 6).read == 1, "the others are older than what is read again"
+    longer = take_in(strict, 60)
+    assert (longer.read, longer.accepted) == (4, 1)
+    newest = take_in(replace(strict, on_conflict="newest"), 60)
+    assert newest.read == 4
+    assert {row.answer for row in store.pending([])} == {"bad", "it was so so", "good"}
+
+
 def test_what_was_taken_in_before_there_were_labels_stays(store: Store) -> None:
     rows = [
         raw(id="1", task="mood", answer="fine"),
