@@ -185,7 +185,8 @@ class _Worker:
     """The child and its two pipes. Standard error goes to the daemon's, hence to the journal.
 
     Its temporary files are ours to remove: Avalanche's import alone makes two folders, and the child does
-    not live to an orderly end. Raises `StageError` where none can be made.
+    not live to an orderly end. Raises `StageError` where none can be made, and `WorkerError` where no child
+    can be started.
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
@@ -193,15 +194,21 @@ class _Worker:
             self._scratch = tempfile.TemporaryDirectory(prefix="holdfast-", ignore_cleanup_errors=True)
         except OSError as error:
             raise StageError(f"{tempfile.gettempdir()}: {error.strerror}; make room there") from None
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "daemon.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**WORKER_ENVIRONMENT, **os.environ, **environment, "TMPDIR": self._scratch.name},
-            cwd=Path(__file__).resolve().parent.parent,
-            start_new_session=True,  # a Ctrl-C in the terminal is the daemon's to handle
-            text=True,
-        )
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "daemon.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**WORKER_ENVIRONMENT, **os.environ, **environment, "TMPDIR": self._scratch.name},
+                cwd=Path(__file__).resolve().parent.parent,
+                start_new_session=True,  # a Ctrl-C in the terminal is the daemon's to handle
+                text=True,
+            )
+        except OSError as error:  # no memory, or no process more, just now
+            self._scratch.cleanup()
+            raise WorkerError(
+                f"the worker cannot be started: {error.strerror}; see `journalctl -k`"
+            ) from None
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, name="worker-output", daemon=True).start()
 
@@ -253,7 +260,11 @@ class _Worker:
         self._lines.put(None)
 
     def _ending(self) -> str:
-        code = self.process.wait(GRACE_SECONDS)
+        try:
+            code = self.process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return f"it closed its output and did not end within {GRACE_SECONDS:.0f} s: killed"
         if code == -signal.SIGKILL:
             return "killed by signal 9; the system does this when memory runs out: see `journalctl -k`"
         return f"killed by signal {-code}" if code < 0 else f"exit code {code}; see the log above"

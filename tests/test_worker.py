@@ -3,7 +3,9 @@
 Starting one costs many seconds of imports, so children are kept from test to test while they live.
 """
 
+import errno
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from daemon import executor as executors
 from daemon.executor import Stop, Until, WorkerExecutor, _Worker
 from storage.artifacts import atomic_dir, is_complete, made_for
 from storage.errors import Cancelled, StageError, WorkerError
@@ -363,6 +366,33 @@ def test_sigterm_ends_a_worker_where_it_is(noisy: Child, stage: str, first: str)
     noisy.process.send_signal(signal.SIGTERM)
     assert noisy.answer() == {"interrupted": True}
     assert noisy.process.wait(SECONDS) == 75
+
+
+def test_a_worker_that_closes_its_output_and_stays_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "GRACE_SECONDS", 0.1)
+    mute = _Worker.__new__(_Worker)
+    mute.process = subprocess.Popen(["sleep", "600"], text=True)
+    mute._lines = queue.Queue()
+    mute._lines.put(None)
+    with pytest.raises(WorkerError, match="did not end within"):
+        mute.receive(0)
+    assert mute.process.wait(SECONDS) == -signal.SIGKILL
+
+
+def test_a_worker_that_cannot_be_started_is_one_that_died_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(subprocess, "Popen", full)
+    with (
+        WorkerExecutor(time_limit=SECONDS) as executor,
+        pytest.raises(WorkerError, match="cannot be started"),
+    ):
+        executor.prepare(PrepareJob(base="any", out="out"), lambda progress: None, Stop())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_worker_that_dies_in_the_middle_of_a_message_is_a_worker_that_died() -> None:
