@@ -49,7 +49,8 @@ def load(settings: Settings, serving: dict[str, Any], task: str | None) -> Loade
     from strategies.answer import Answerer
 
     adapter = Path(serving["adapter"]) if serving["adapter"] else None
-    answerer = Answerer(spec, adapter, tasks, settings.evaluation.max_new_tokens)
+    longest = examination.specs(snapshot).max_new_tokens if snapshot else settings.evaluation.max_new_tokens
+    answerer = Answerer(spec, adapter, tasks, longest)
     return Loaded(name=_name(settings, serving), task=task, answerer=answerer)
 
 

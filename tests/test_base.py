@@ -242,6 +242,20 @@ def test_a_version_answers_with_its_own_base_wherever_that_is_now(tmp_path: Path
         asking.load(bot.settings, serving, "colours")
 
 
+def test_a_version_answers_as_long_as_it_was_examined_with_whatever_the_configuration_says_now(
+    tmp_path: Path,
+) -> None:
+    bot = make_bot(tmp_path)
+    bot.collect(lesson("colours"))
+    assert bot.run().version == 1
+    serving = operations.serving(bot.settings, bot.store)
+    bot.store.close()
+    shorter = bot.settings.evaluation.model_copy(update={"max_new_tokens": 1})
+    now = bot.settings.model_copy(update={"evaluation": shorter})
+    assert asking.load(now, serving, "colours").answerer._max_new_tokens == 12
+    assert asking.load(now, serving | {"snapshot": None}, "colours").answerer._max_new_tokens == 1
+
+
 def test_without_its_snapshot_a_version_answers_with_no_other_base(tmp_path: Path) -> None:
     bot = make_bot(tmp_path)
     bot.collect(lesson("colours"))
