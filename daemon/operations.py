@@ -23,6 +23,7 @@ from storage.reach import redact
 from storage.records import Promotion
 from storage.registry import Registry
 from storage.rows import Split
+from storage.sources import source_name
 from storage.store import ALL, Store
 from strategies.contract import PreparedBase
 
@@ -393,7 +394,7 @@ def _source(settings: Settings, store: Store | None) -> dict[str, Any] | None:
     source = settings.source
     if source.path is None:
         return None
-    cursor = store.cursor(f"duckdb:{source.path.absolute()}:{source.table}") if store else None
+    cursor = store.cursor(source_name(source.path, source.table)) if store else None
     return {
         "path": str(source.path),
         "table": source.table,

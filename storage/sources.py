@@ -77,6 +77,11 @@ class RawRow:
     problem: str = ""
 
 
+def source_name(path: Path, table: str) -> str:
+    """What the store knows a table by: its cursor, and where rows came from."""
+    return f"duckdb:{path.absolute()}:{table}"
+
+
 class DuckDBSource:
     """A table or view in the collector's DuckDB file."""
 
@@ -87,7 +92,7 @@ class DuckDBSource:
             raise SourceError("no source is configured; set source.path to your collector's DuckDB file")
         self.spec = spec
         self.path = spec.path.absolute()
-        self.name = f"duckdb:{self.path}:{spec.table}"
+        self.name = source_name(spec.path, spec.table)
         self._parts = _split_name(spec.table)
         self._clock = clock
         self._sleep = sleep

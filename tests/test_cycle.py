@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import promote, report
+from daemon import operations, promote, report
 from daemon.executor import Stop
 from storage.errors import IntegrityError, Interrupted, StageError, WorkerError
 from storage.records import Cycle, State
@@ -496,3 +496,10 @@ def test_a_cycle_that_made_nothing_is_not_taken_for_the_base_that_somebody_went_
     assert scheduled(bot).state is State.FAILED
     bot.executor.before = lambda stage: None
     assert scheduled(bot).state is State.PROMOTED
+
+
+def test_people_are_told_how_far_the_source_was_read(bot: Bot) -> None:
+    bot.collect(lesson("colours", train=4))
+    assert operations.status(bot.settings, bot.store)["source"]["pulled_at"] is None
+    bot.run()
+    assert operations.status(bot.settings, bot.store)["source"]["pulled_at"] is not None
