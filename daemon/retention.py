@@ -26,8 +26,8 @@ from storage.store import ALL, Store
 
 log = logging.getLogger(__name__)
 
-# Of a version's run in MLflow, by the last part of its path.
 _LOST = "lost/"  # and a cycle: what MLflow may have of it, and the store has not
+# Of a version's run in MLflow, by the last part of its path.
 _FILES = {"model": ("model",), "answers": (PREDICTIONS,)}
 
 
