@@ -70,7 +70,7 @@ def plan(settings: Settings, store: Store, wanted: Choice) -> Plan:
     """What `begin` would do. Raises `ControlError` when no row is meant."""
     spelt = {normalise(task.name): task.name for task in store.tasks()}
     wanted = replace(wanted, task=wanted.task and spelt.get(normalise(wanted.task), wanted.task))
-    rows = store.chosen_rows(wanted)
+    rows = list(store.chosen_rows(wanted))
     questions = {normalise(row.question) for row in rows}
     words = {row.words_key for row in rows}
     quarantined = [

@@ -3,7 +3,7 @@
 Opens nothing; `storage.store.Store` is this and all the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from storage import bulk
@@ -13,6 +13,7 @@ from storage.row_store import RowStore
 ANSWERS = "predictions/"  # how the path of a model's answers begins
 VEILED = "(erased)"  # an answer that only an erased row had, where a model gave it to another question
 MLFLOW = "mlflow/"  # and that of files which MLflow has
+_PAGE = 20_000  # rows that are in memory at once
 
 
 class Removals(RowStore):
@@ -43,9 +44,17 @@ class Removals(RowStore):
 
     # -- erasures ----------------------------------------------------------------------------------
 
-    def chosen_rows(self, choice: Choice) -> list[StoredRow]:
-        """The rows that are meant, in order of acceptance. What is given is only ever compared with."""
-        return self._db.all(bulk.row, "chosen_rows", **asdict(choice))
+    def chosen_rows(self, choice: Choice) -> Iterator[StoredRow]:
+        """The rows that are meant, superseded ones too, in order of acceptance; without a condition, all.
+
+        What is given is only ever compared with. Read by the page: a store may be large.
+        """
+        seq, last, more = -(2**63), "", True
+        while more:
+            page = self._db.all(bulk.row, "chosen_rows", seq=seq, last=last, limit=_PAGE, **asdict(choice))
+            yield from page
+            more = len(page) == _PAGE
+            seq, last = (page[-1].seq, page[-1].hash) if more else (seq, last)
 
     def erase(
         self, hashes: Sequence[str], tainted: Sequence[int], *, rebuild: bool, who: str, why: str

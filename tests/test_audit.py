@@ -193,6 +193,11 @@ def a_row_came_back(bot: Corrupt) -> None:
     bot.sql("INSERT INTO erased VALUES (?, 1)", bot.row("train", "flavours")["hash"])
 
 
+@breaks(that.no_erased_row_is_left_anywhere, "was erased and is in the store")
+def a_superseded_row_came_back(bot: Corrupt) -> None:
+    bot.sql("INSERT INTO erased VALUES (?, 1)", a_superseded_answer(bot))
+
+
 @breaks(that.nothing_that_learned_an_erased_row_serves, "version 1, of the champion's lineage")
 def a_version_serves_that_learned_what_was_erased(bot: Corrupt) -> None:
     bot.sql("INSERT INTO tainted VALUES (1, 1)")
@@ -201,6 +206,11 @@ def a_version_serves_that_learned_what_was_erased(bot: Corrupt) -> None:
 @breaks(that.each_row_is_what_its_hash_says, "was changed")
 def a_training_row_is_rewritten(bot: Corrupt) -> None:
     bot.sql("UPDATE rows SET answer = 'teal' WHERE hash = ?", bot.row("train")["hash"])
+
+
+@breaks(that.each_row_is_what_its_hash_says, "was changed")
+def a_superseded_row_is_rewritten(bot: Corrupt) -> None:
+    bot.sql("UPDATE rows SET answer = 'teal' WHERE hash = ?", a_superseded_answer(bot))
 
 
 @breaks(that.each_question_is_in_one_split, "suite, train")
@@ -218,6 +228,12 @@ def a_second_answer(bot: Corrupt) -> tuple[str, str]:
     row = bot.row("train")
     bot.accept("train", "colours", row["question"], "pink")
     return row["hash"], Row(id="x", task="colours", question=row["question"], answer="pink").hash
+
+
+def a_superseded_answer(bot: Corrupt) -> str:
+    old, new = a_second_answer(bot)
+    bot.sql("INSERT INTO supersessions VALUES (1, ?, ?, now())", new, old)
+    return new
 
 
 @breaks(that.each_question_has_an_answer_that_counts, "are superseded")
