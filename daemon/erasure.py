@@ -23,7 +23,7 @@ from storage import artifacts
 from storage.errors import ControlError
 from storage.records import Choice, Erasure, Rejected, State, StoredRow
 from storage.registry import Registry
-from storage.removals import ANSWERS, MLFLOW
+from storage.removals import ANSWERS, MLFLOW, fits
 from storage.rows import Row, normalise
 from storage.store import ALL, Store
 
@@ -49,11 +49,19 @@ def choice(
     row: str | None, task: str | None, before: str | None, contains: str | None, where: list[str]
 ) -> Choice:
     """The rows that somebody means. Raises `ControlError` for what is no condition, and for none at all."""
-    given: dict[str, Any] = {"row": row, "task": task, "contains": contains or None}
+    given: dict[str, Any] = {"row": row, "task": task, "contains": contains}
+    if contains is not None and not normalise(contains):
+        raise ControlError(f"--contains {contains!r} is in every row; give some text, or leave it out")
     for condition in where:
         column, sign, value = condition.partition("=")
         if not sign or column.strip() not in COLUMNS:
             raise ControlError(f"--where {condition!r} is not COLUMN=VALUE; columns: {', '.join(COLUMNS)}")
+        other = given.get(column.strip())
+        if other not in (None, value):
+            raise ControlError(
+                f"{column.strip()} cannot be both {other!r} and {value!r}: all conditions must hold; "
+                "erase the one, then the other"
+            )
         given[column.strip()] = value
     try:
         given["before"] = datetime.fromisoformat(before) if before else None
@@ -68,8 +76,6 @@ def choice(
 
 def plan(settings: Settings, store: Store, wanted: Choice) -> Plan:
     """What `begin` would do. Raises `ControlError` when no row is meant."""
-    spelt = {normalise(task.name): task.name for task in store.tasks()}
-    wanted = replace(wanted, task=wanted.task and spelt.get(normalise(wanted.task), wanted.task))
     rows = list(store.chosen_rows(wanted))
     questions = {normalise(row.question) for row in rows}
     words = {row.words_key for row in rows}
@@ -167,21 +173,23 @@ def _is_meant(
 ) -> bool:
     """Whether a quarantined row fits, or asks what one of the rows asks, be it in other words' order: then
     it has their text too, and would be taken in once they are gone."""
-    told = json.loads(refused.raw)
-    said = {name: str(told.get(name) or "") for name in ("question", "answer", "context")}
-    said |= {"source": refused.source}
-    task = normalise((refused.task or "").strip() or default_task)  # as the intake would read it
-    asked = Row(id="", task="", question=said["question"], answer="", context=said["context"])
+    told = _said(refused.raw)
+    texts = {name: told.get(name, "") for name in ("question", "answer", "context")}
+    texts["task"] = (refused.task or "").strip() or default_task  # as the intake would read it
+    asked = Row(id="", task="", question=texts["question"], answer="", context=texts["context"])
     if normalise(asked.question) in questions or asked.words_key in words:
         return True
-    text = f"{refused.raw} {refused.detail}".casefold()
     return (
         wanted.row in (None, refused.hash, refused.id)
-        and (wanted.task is None or task == normalise(wanted.task))
-        and all(getattr(wanted, name) in (None, value) for name, value in said.items())
+        and wanted.source in (None, refused.source)
         and (wanted.before is None or refused.at < wanted.before)
-        and (wanted.contains is None or wanted.contains.casefold() in text)
+        and fits(wanted, texts, [*told.values(), refused.detail])
     )
+
+
+def _said(raw: str) -> dict[str, str]:
+    """The fields of a quarantined row that say something."""
+    return {name: str(value) for name, value in json.loads(raw).items() if value is not None}
 
 
 def _hashes(settings: Settings, store: Store, found: Plan) -> list[str]:
@@ -196,9 +204,9 @@ def _hashes(settings: Settings, store: Store, found: Plan) -> list[str]:
 def content_hash(raw: str, default_task: str) -> str:
     """The hash that a quarantined row would have as a row. Of a shortened one that cannot be told:
     the intake knows it by its hash in quarantine."""
-    said = {name: value for name, value in json.loads(raw).items() if value is not None}
-    question, answer, context = (str(said.get(name, "")) for name in ("question", "answer", "context"))
-    task = str(said.get("task", "")).strip() or default_task
+    said = _said(raw)
+    question, answer, context = (said.get(name, "") for name in ("question", "answer", "context"))
+    task = said.get("task", "").strip() or default_task
     return Row(id="", task=task, question=question, answer=answer, context=context).hash
 
 

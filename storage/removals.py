@@ -3,17 +3,33 @@
 Opens nothing; `storage.store.Store` is this and all the rest.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 
 from storage import bulk
 from storage.records import Choice, Erasure, Pruned, StoredRow
 from storage.row_store import RowStore
+from storage.rows import normalise
 
 ANSWERS = "predictions/"  # how the path of a model's answers begins
 VEILED = "(erased)"  # an answer that only an erased row had, where a model gave it to another question
 MLFLOW = "mlflow/"  # and that of files which MLflow has
 _PAGE = 20_000  # rows that are in memory at once
+_TEXTS = ("task", "question", "answer", "context")
+
+
+def fits(choice: Choice, texts: Mapping[str, str], everything: Sequence[str]) -> bool:
+    """Whether a row, stored or refused, has the texts that are meant.
+
+    Compared as the intake compares: neither case nor spacing nor how Unicode spells a letter hides a row.
+    """
+    for name in _TEXTS:
+        wanted = getattr(choice, name)
+        if wanted is not None and normalise(texts[name]) != normalise(wanted):
+            return False
+    if choice.contains is None:
+        return True
+    part = normalise(f"|{choice.contains}|")[1:-1]  # with the space at its ends: `art ` is not in `party`
+    return part in normalise(" ".join(everything))
 
 
 class Removals(RowStore):
@@ -49,10 +65,14 @@ class Removals(RowStore):
 
         What is given is only ever compared with. Read by the page: a store may be large.
         """
+        exact = {"row": choice.row, "source": choice.source, "before": choice.before}
         seq, last, more = -(2**63), "", True
         while more:
-            page = self._db.all(bulk.row, "chosen_rows", seq=seq, last=last, limit=_PAGE, **asdict(choice))
-            yield from page
+            page = self._db.all(bulk.row, "chosen_rows", seq=seq, last=last, limit=_PAGE, **exact)
+            for row in page:
+                texts = {name: getattr(row, name) for name in _TEXTS}
+                if fits(choice, texts, [row.id, row.context, row.question, row.answer]):
+                    yield row
             more = len(page) == _PAGE
             seq, last = (page[-1].seq, page[-1].hash) if more else (seq, last)
 

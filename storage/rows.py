@@ -49,6 +49,8 @@ def normalise(text: str) -> str:
     if text.isascii() and text.isprintable():  # most text, and twelve times faster; the same result
         return " ".join(text.lower().split())
     text = unicodedata.normalize("NFKC", text).casefold()
+    if text.isprintable():  # nothing invisible, and no other white space than " "
+        return " ".join(text.split())
     text = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE)
     return _SPACES.sub(" ", text).strip()
 

@@ -12,9 +12,10 @@ import pytest
 
 from daemon import erasure, operations, promote, report, retention
 from daemon.executor import Stop
+from storage import removals
 from storage.errors import ControlError, Interrupted, RegistryError, RegistryUnavailable
 from storage.intake import take
-from storage.records import State
+from storage.records import Choice, State
 from storage.removals import Removals
 from storage.rows import Row, Split
 from storage.sources import RawRow, SourceSpec
@@ -508,6 +509,73 @@ def test_a_task_is_meant_however_its_name_is_spelt(bot: Bot) -> None:
     assert other == exact
 
 
+def test_a_condition_that_is_given_twice_is_one() -> None:
+    once, twice = (erasure.choice(**meant(task="flavours", where=where)) for where in ([], ["task=flavours"]))
+    assert once == twice
+
+
+def stored_row(bot: Bot, row_id: str, *, question: str, task: str = "other", context: str = "") -> None:
+    row = Row(id=row_id, task=task, question=question, answer="yes", context=context)
+    bot.store.accept([row], "file", shares=(0.0, 0.0))
+
+
+def test_a_task_of_which_no_suite_is_frozen_yet_is_meant_however_its_name_is_spelt(bot: Bot) -> None:
+    stored_row(bot, "b-1", task="Billing", question="who pays")
+    found = erasure.plan(bot.settings, bot.store, erasure.choice(**meant(task="billing")))
+    assert [row.id for row in found.rows] == ["b-1"]
+
+
+@pytest.mark.parametrize(
+    ("said", "which"),
+    [
+        ("Jose\u0301 asks", {"contains": "JOS\u00c9"}),
+        ("Jos\u00e9 asks", {"contains": "jose\u0301"}),
+        ("in the Hauptstra\u00dfe 3", {"contains": "HAUPTSTRASSE"}),
+        ('the one called "Jane\n Doe"', {"contains": '"jane doe"'}),
+        ("Jose\u0301\u00a0 asks", {"where": ["context=JOS\u00c9 asks"]}),
+        ("Jose\u0301 asks", {"contains": "jos\u00e9", "where": ["question=WHO"]}),
+    ],
+)
+def test_a_row_is_meant_however_its_text_is_spelt_be_it_stored_or_refused(
+    bot: Bot, said: str, which: dict[str, Any]
+) -> None:
+    wanted = erasure.choice(**meant(**which))
+    refused_row(bot, question="who", context=said)
+    found = erasure.plan(bot.settings, bot.store, wanted)
+    assert [row.id for row in (*found.rows, *found.quarantined)] == ["jane-1"]
+    stored_row(bot, "taken", question="who", context=said)
+    found = erasure.plan(bot.settings, bot.store, wanted)
+    assert [row.id for row in (*found.rows, *found.quarantined)] == ["taken", "jane-1"]
+    erase(bot, **which)
+    assert files_with(bot, said) == []
+    assert audited(bot) == []
+
+
+def test_a_space_at_the_end_of_a_text_is_part_of_it(bot: Bot) -> None:
+    for word in ("art", "party"):
+        refused_row(bot, question=f"{word} is fun")
+        stored_row(bot, word, question=f"{word} is fun")
+    found = erasure.plan(bot.settings, bot.store, erasure.choice(**meant(contains=" art ")))
+    assert [row.id for row in found.rows] == ["art"]
+    assert len(found.quarantined) == 1
+
+
+def test_rows_are_read_by_the_page_and_each_comes_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(removals, "_PAGE", 2)
+    with Store.open(tmp_path / "store.duckdb") as store:
+        for count in range(5):
+            assert [row.id for row in store.chosen_rows(Choice())] == [str(n) for n in range(count)]
+            row = Row(id=str(count), task="shop", question=f"{count} or more", answer="yes")
+            store.accept([row], "test", shares=(0.0, 0.0))
+        assert [row.id for row in store.chosen_rows(Choice(contains="3 or"))] == ["3"]
+    with duckdb.connect(str(tmp_path / "store.duckdb")) as connection:
+        connection.execute("UPDATE rows SET seq = -7")
+    with Store.open(tmp_path / "store.duckdb") as store:
+        assert sorted(row.id for row in store.chosen_rows(Choice())) == [*"01234"], "whoever numbered them"
+
+
 def test_a_rollback_passes_over_who_learned_what_was_erased(bot: Bot) -> None:
     bot.collect(lesson("sizes", FLAVOURS))
     assert bot.run().version == 4
@@ -577,6 +645,10 @@ def test_an_audit_finds_what_came_back(bot: Bot) -> None:
         ({"before": "yesterday"}, "is no date"),
         ({"before": "2026-03-01T12:00+01:00"}, "has a time zone; give it in UTC"),
         ({"contains": "' OR 1=1 --"}, "no row fits"),
+        ({"contains": ""}, "'' is in every row"),
+        ({"contains": " \u200b", "task": "flavours"}, "is in every row"),
+        ({"task": "flavours", "where": ["task=shapes"]}, "task cannot be both 'flavours' and 'shapes'"),
+        ({"where": ["question=x", "question=y"]}, "question cannot be both 'x' and 'y'"),
         ({"where": ["answer=x' OR 'a'='a"]}, "no row fits"),
     ],
 )

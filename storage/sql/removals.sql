@@ -22,11 +22,8 @@ DELETE FROM predictions WHERE exam IN (SELECT hash FROM given);
 SELECT * FROM rows
 WHERE seq >= $seq AND (seq > $seq OR hash > $last)
     AND ($row IS NULL OR hash = $row OR id = $row OR hash IN (SELECT row_hash FROM labels WHERE id = $row))
-    AND ($task IS NULL OR task = $task) AND ($source IS NULL OR source = $source)
-    AND ($question IS NULL OR question = $question) AND ($answer IS NULL OR answer = $answer)
-    AND ($context IS NULL OR context = $context)
+    AND ($source IS NULL OR source = $source)
     AND ($before IS NULL OR coalesce(created_at, accepted_at) < $before)
-    AND ($contains IS NULL OR contains(lower(concat_ws(' ', id, context, question, answer)), lower($contains)))
 ORDER BY seq, hash LIMIT $limit;
 
 -- name: insert_erasure
