@@ -7,7 +7,6 @@ import inspect
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,8 +175,7 @@ class Commands:
         begun = operations.erase(daemon.settings, daemon.store, request.who, why, **which)
         for cycle in daemon.store.unfinished():
             if daemon.store.is_cancelled(cycle.id):
-                with suppress(ControlError):  # it has ended meanwhile
-                    daemon.flight.cancel(request.who, cycle.id)
+                daemon.flight.halt(cycle.id)
         daemon.flight.wake(untidy=True)
         return {"erasure": begun, "done": self._await_erasure(begun["id"], request)}
 

@@ -124,6 +124,12 @@ class Flight:
             self._wake()
             return cycle
 
+    def halt(self, cycle_id: int) -> None:
+        """Stops a cycle if it runs, of which it is on record already who cancelled it."""
+        with self._turn:
+            if cycle_id == self.activity.cycle_id:
+                self._stop.request("cancel")
+
     def wake(self, *, untidy: bool = False) -> None:
         """Something changed: look again for work, and do not wait for the next try."""
         with self._turn:

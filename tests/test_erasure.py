@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +12,10 @@ import duckdb
 import pytest
 
 from daemon import erasure, operations, promote, report, retention
+from daemon.commands import Commands, Daemon
+from daemon.control import Request
 from daemon.executor import Stop
+from daemon.flight import Flight
 from storage import removals
 from storage.errors import ControlError, Interrupted, RegistryError, RegistryUnavailable
 from storage.intake import take
@@ -225,6 +229,41 @@ def test_a_cycle_that_was_under_way_is_cancelled_and_leaves_nothing(bot: Bot) ->
     assert files_with(bot, "zanzibar-new") == []
     assert champion(bot) == 3, "it had not learned it"
     assert audited(bot) == []
+
+
+def test_a_cycle_that_runs_stops_for_an_erasure_and_says_for_which(bot: Bot) -> None:
+    bot.collect(lesson("sizes", FLAVOURS))
+    training, erasing, trained = threading.Event(), threading.Event(), []
+
+    def stand(stage: str) -> None:
+        if stage == "train":
+            training.set()
+            assert erasing.wait(60)
+
+    def tidy() -> bool:
+        erasure.finish(bot.settings, bot.store, bot.registry)
+        return True
+
+    bot.executor.before, bot.executor.after = stand, trained.append
+    flight = Flight(bot.store, bot.runner, housekeeping=tidy)
+    daemon = Daemon(settings=bot.settings, store=bot.store, registry=bot.registry, flight=flight, facts=dict)
+    asked = Request(command="erase", args={}, who="ann", emit=lambda told: erasing.set())
+    cycle = bot.request()
+    flight.start()
+    try:
+        assert training.wait(60)
+        operations.pause(bot.store, "ann")  # so that the rebuild waits
+        told = Commands(daemon).do_erase(asked, "asked to", [], row="s-train", dry_run=False)
+    finally:
+        erasing.set()
+        flight.close()
+        flight._thread.join(60)
+        bot.executor.before = bot.executor.after = lambda stage: None
+    assert told["done"]
+    after = bot.store.cycle(cycle.id)
+    assert after is not None
+    assert after.reason == "by erasure 1; its rows stay pending"
+    assert trained == [], "it did not first train to the end"
 
 
 @pytest.mark.parametrize(
