@@ -97,13 +97,18 @@ def _paths(settings: Settings, config: Path, replaced: dict[str, str]) -> list[s
     """Lets the service see what it needs where the template hides or locks it."""
     package = Path(__file__).resolve().parent.parent
     read = [Path(sys.prefix), Path(sys.base_prefix), package, config.parent]
+    late = []  # what may not be there yet: the daemon waits for it, and does not need it to start
     if settings.source.path is not None:
-        read.append(settings.source.path.parent)
+        late.append(settings.source.path.parent)
     if Path(settings.model.base).is_absolute():
-        read.append(Path(settings.model.base))
+        late.append(Path(settings.model.base))
     database = sqlite_path(settings.tracking_uri)
     write = [settings.state_dir, *([database.parent] if database is not None else [])]
-    lines = [f"BindReadOnlyPaths={_quoted(path)}" for path in _distinct(read) if _is_hidden(path)]
+    lines = [
+        f"BindReadOnlyPaths={_quoted(path if path in read else Path(f'-{path}'))}"
+        for path in _distinct([*read, *late])
+        if _is_hidden(path)
+    ]
     for path in _distinct(write):
         if _is_hidden(path):
             lines.append(f"BindPaths={_quoted(path)}")

@@ -6,6 +6,7 @@ DuckDB's own pages have checksums; this is what a curious hand, or a bug of anot
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from daemon import console, operations, report
-from storage.errors import ControlError, HoldfastError
+from storage.errors import ControlError, HoldfastError, Interrupted
 from storage.store import Store
-from tests.bots import Bot, audited, make_bot, put_back, two_promoted
+from tests.bots import Bot, audited, fails, lesson, make_bot, put_back, two_promoted
 from tests.fuzzing import JSON, examples
 from tests.test_fuzz_damage import changed
 
@@ -68,6 +69,51 @@ def in_words(bot: Bot, command: str) -> str:
         assert "`" in said, said
         return said
     return ""
+
+
+ERASED: dict[str, Any] = dict(row=None, task="flavours", before=None, contains=None, where=[])
+MOVES: dict[str, Callable[[Bot], object]] = {
+    "cycle": lambda bot: bot.run(bot.store.cycles(1)[0]),
+    "promote": lambda bot: operations.promote(bot.store, bot.registry, 1, "ann", "a test"),
+    "rollback": lambda bot: operations.rollback(bot.store, bot.registry, "ann", "a test"),
+    "erase": lambda bot: operations.erase(bot.settings, bot.store, "ann", "a test", **ERASED),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[tuple[Bot, Path]]:
+    """A bot whose third cycle was stopped after its training, and a copy of its state."""
+    home = tmp_path_factory.mktemp("begun")
+    bot = make_bot(home / "bot", base, training__epochs=1)
+    two_promoted(bot)
+    bot.collect(lesson("shapes", ("round", "square")))
+    bot.executor.before = fails("evaluate", Interrupted())
+    with pytest.raises(Interrupted):
+        bot.run()
+    bot.executor.before = lambda stage: None
+    bot.store.close()
+    shutil.copytree(bot.settings.state_dir, home / "copy")
+    yield bot, home / "copy"
+    bot.store.close()
+
+
+@pytest.mark.parametrize("move", MOVES)
+@examples(6)
+@given(record=st.sampled_from(RECORDS), data=st.data())
+def test_what_goes_on_from_a_damaged_record_ends_or_says_so(
+    begun: tuple[Bot, Path], move: str, record: tuple[str, str], data: st.DataObject
+) -> None:
+    bot, copy = begun
+    put_back(bot, copy)
+    spoil(
+        bot, *record, lambda kept: data.draw(st.sampled_from(["", "{", "null", "[]", "\0", "7", '{"a": 1}']))
+    )
+    bot.registry = operations.open_registry(bot.settings, bot.store)
+    try:
+        with suppress(HoldfastError):
+            MOVES[move](bot)
+    finally:
+        bot.store.close()
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=" ".join)
