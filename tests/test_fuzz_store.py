@@ -71,7 +71,7 @@ def in_words(bot: Bot, command: str) -> str:
     return ""
 
 
-ERASED: dict[str, Any] = dict(row=None, task="flavours", before=None, contains=None, where=[])
+ERASED: dict[str, Any] = {"row": None, "task": "flavours", "before": None, "contains": None, "where": []}
 MOVES: dict[str, Callable[[Bot], object]] = {
     "cycle": lambda bot: bot.run(bot.store.cycles(1)[0]),
     "promote": lambda bot: operations.promote(bot.store, bot.registry, 1, "ann", "a test"),
