@@ -63,8 +63,9 @@ def _misjudged(told: Prediction, row: StoredRow, metric: Metric | None) -> str |
 
 
 def each_answered_row_is_in_the_store(evidence: Evidence) -> Iterator[Wrong]:
-    """Rows of broken suites are told there."""
-    examined = set().union(*(evidence.members.get(suite, set()) for suite in evidence.broken_suites))
+    """Rows of broken suites, and erased ones, are told there."""
+    elsewhere = (evidence.members.get(suite, set()) for suite in evidence.broken_suites)
+    examined = evidence.store.erased().union(*elsewhere)
     for model, exam in evidence.sat:
         answered = set(evidence.store.predictions(model, exam)) - examined
         for row in sorted(answered - evidence.store.survey().known(sorted(answered))):

@@ -21,6 +21,7 @@ from storage.parquet import SnapshotRow, write_rows
 from storage.records import State
 from storage.registry import ADAPTER_TAG, CYCLE_TAG, STORE_TAG
 from storage.rows import Row
+from storage.runs import PREDICTIONS
 from storage.store import Store
 from tests.bots import FLAVOURS, Bot, Clock, audited, lesson, make_bot, make_bot_again, put_back
 from tests.daemons import DaemonProcess, cli, read_json
@@ -196,6 +197,42 @@ def a_row_came_back(bot: Corrupt) -> None:
 @breaks(that.no_erased_row_is_left_anywhere, "was erased and is in the store")
 def a_superseded_row_came_back(bot: Corrupt) -> None:
     bot.sql("INSERT INTO erased VALUES (?, 1)", a_superseded_answer(bot))
+
+
+@breaks(that.no_erased_row_is_left_anywhere, "the quarantined row")
+def a_row_of_quarantine_came_back(bot: Corrupt) -> None:
+    bot.sql("INSERT INTO erased SELECT hash, 1 FROM quarantine")
+
+
+@breaks(that.no_erased_row_is_left_anywhere, "the quarantined row")
+def an_erased_row_came_back_and_was_refused(bot: Corrupt) -> None:
+    refused = Row(id="", task="colours", question="which one is colours 0", answer="pink")
+    bot.sql("INSERT INTO erased VALUES (?, 1)", refused.hash)
+
+
+def a_suite_row_is_erased(bot: Corrupt) -> str:
+    """Only from the table that has its text."""
+    row = bot.row("suite")["hash"]
+    bot.sql("INSERT INTO erased VALUES (?, 1)", row)
+    bot.sql("DELETE FROM rows WHERE hash = ?", row)
+    return str(row)
+
+
+@breaks(that.no_erased_row_is_left_anywhere, "was erased, and has an answer")
+def answers_to_an_erased_row_are_left(bot: Corrupt) -> None:
+    a_suite_row_is_erased(bot)
+
+
+@breaks(that.no_erased_row_is_left_anywhere, "0.parquet has a row that was erased")
+def an_erased_row_is_left_in_a_snapshot(bot: Corrupt) -> None:
+    bot.sql("DELETE FROM predictions WHERE row_hash = ?", a_suite_row_is_erased(bot))
+
+
+@breaks(that.no_erased_row_is_left_anywhere, f"{PREDICTIONS} has a row that was erased")
+def an_erased_row_is_left_in_a_table_of_mlflow(bot: Corrupt) -> None:
+    bot.sql("INSERT INTO erased VALUES (repeat('e', 32), 1)")
+    table = min((bot.state / "artifacts").rglob(PREDICTIONS))
+    table.write_text(table.read_text().replace("[", f'["{"e" * 32}", ', 1))
 
 
 @breaks(that.nothing_that_learned_an_erased_row_serves, "version 1, of the champion's lineage")
