@@ -14,9 +14,11 @@ from typing import TypeVar
 from daemon import audit_cycles, audit_erasures, audit_exams, audit_registry, audit_rows, statedir
 from daemon.evidence import BACKUP, Evidence, Wrong, gather
 from daemon.settings import Settings
-from storage.errors import HoldfastError
+from storage.artifacts import verify
+from storage.errors import HoldfastError, IntegrityError
 from storage.registry import Registry
 from storage.store import Store
+from strategies.base import fingerprint, prepared
 
 # What pickles are called. Nothing here writes or reads one: loading it would run whatever it says.
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"})
@@ -114,9 +116,28 @@ def each_folder_of_a_cycle_is_on_record(evidence: Evidence) -> Iterator[Wrong]:
             yield Wrong(message=told, next=f"put the newer store.duckdb back, or move {folder} aside")
 
 
+def each_base_is_what_it_was(evidence: Evidence) -> Iterator[Wrong]:
+    """Before a cycle only sizes and times are looked at; here every byte is read."""
+    for folder in sorted(evidence.path("models").glob("[!.]*")):
+        base = prepared(folder)
+        if base is None:  # not one, or one that will be made anew
+            continue
+        evidence.tick()
+        try:
+            verify(folder)
+        except IntegrityError as error:
+            yield Wrong(message=str(error), next=f"rm -r {folder}: the next cycle makes it anew")
+            continue
+        evidence.tick()
+        if fingerprint(Path(base.path), folder / "tokenizer" / "tokenizer.json") != base.fingerprint:
+            told = f"the base at {base.path} is not what it was when it was made ready"
+            yield Wrong(message=told, next="put its files back as they were")
+
+
 FILES: tuple[Callable[[Settings], Iterator[Wrong]], ...] = (the_state_is_private, no_file_is_a_pickle)
 CHECKS: tuple[Callable[[Evidence], Iterator[Wrong]], ...] = (
     each_folder_of_a_cycle_is_on_record,
+    each_base_is_what_it_was,
     audit_rows.each_row_is_what_its_hash_says,
     audit_rows.each_question_is_in_one_split,
     audit_rows.each_row_in_quarantine_is_as_it_came,

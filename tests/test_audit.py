@@ -1,6 +1,7 @@
 """The audit finds nothing in a healthy bot, and each real corruption under the name of what it breaks."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -126,6 +127,23 @@ def test_a_bot_with_a_promoted_a_rolled_back_and_a_rejected_cycle_has_no_finding
     assert files(bot.state) == before, "an audit changes nothing"
 
 
+def test_a_byte_of_the_base_that_turned_over_is_found(tmp_path: Path) -> None:
+    bot = make_bot(tmp_path)
+    bot.collect(lesson("colours")[:2])
+    assert bot.run().state is State.NOTHING
+    assert audited(bot) == []
+    weights = Path(bot.settings.model.base) / "model.safetensors"
+    before, data = weights.stat(), bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert bot.run().state is State.NOTHING, "no cycle reads every byte"
+    (found,) = audited(bot)
+    assert found.check == "each_base_is_what_it_was"
+    assert f"the base at {weights.parent} is not what it was" in found.message
+    bot.store.close()
+
+
 def files(folder: Path) -> Mapping[str, str]:
     return {str(path): artifacts.sha256_file(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -177,6 +195,12 @@ def a_pickle_is_put_there(bot: Corrupt) -> None:
 @breaks(that.each_folder_of_a_cycle_is_on_record, "cycles/9 is of no cycle on record")
 def the_store_is_an_older_one(bot: Corrupt) -> None:
     (bot.state / "cycles" / "9").mkdir()
+
+
+@breaks(that.each_base_is_what_it_was, "tokenizer.json was changed after it was written")
+def the_bases_tokenizer_is_edited(bot: Corrupt) -> None:
+    (path,) = (bot.state / "models").glob("*/tokenizer/tokenizer.json")
+    path.write_text(path.read_text() + " ")
 
 
 @breaks(that.nothing_that_is_needed_was_pruned, "version 1, which serves")
