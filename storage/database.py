@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 
 import duckdb
 
+from storage import duck
 from storage.artifacts import fsync
 from storage.errors import UNREADABLE, IntegrityError, StoreBusy, StoreError, first_line
 
@@ -26,7 +27,6 @@ SQL = Path(__file__).parent / "sql"
 T = TypeVar("T")
 
 # Extensions are never fetched: everything the store needs is built in.
-_CONFIG = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 _PATIENCE = 30.0  # seconds for a reader to go
 _WHO = "; is a daemon already running? Try `daemon status`"
 _HOLDER = re.compile(r"PID (\d+)")
@@ -228,7 +228,7 @@ class Database:
 def _connect(path: Path, *, read_only: bool) -> Any:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return duckdb.connect(str(path), read_only=read_only, config=_CONFIG)
+        return duck.connect(path, read_only=read_only)
     except OSError as error:
         raise StoreError(f"the folder of the store cannot be made: {error}; check bot.state_dir") from None
     except duckdb.Error as error:

@@ -20,6 +20,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage import duck
 from storage.errors import SourceError, first_line
 from storage.sources import REQUIRED, Columns, RawRow, as_written, listed, quote
 
@@ -34,7 +35,6 @@ _SEPARATOR = re.compile("sep=[,;\t|]\r?\n?", re.IGNORECASE)
 _PARQUET_ROWS = 1000  # at a time
 # Without these pyarrow ends up with all columns of the file in memory.
 _PARQUET_FRUGALLY: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1024 * 1024}
-_IN_MEMORY = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 
 
 def read_file(path: Path, columns: Columns, *, batch_rows: int = 20_000) -> Iterator[list[RawRow]]:
@@ -306,7 +306,7 @@ def _required_in(columns: Columns, header: list[str]) -> int:
 def _read_parquet(path: Path, columns: Columns) -> Iterator[RawRow]:
     # In a path DuckDB reads *, ? and [ as patterns; in brackets they mean themselves.
     literal = "".join(f"[{c}]" if c in "*?[" else c for c in str(path.absolute()))
-    with duckdb.connect(":memory:", config=_IN_MEMORY) as connection:
+    with duck.connect(":memory:") as connection:
         described = connection.execute("DESCRIBE SELECT * FROM read_parquet(?)", [literal]).fetchall()
         kinds = {line[0]: line[1] for line in described}
         found = match(columns, kinds)

@@ -16,13 +16,13 @@ from typing import Any
 
 import duckdb
 
+from storage import duck
 from storage.errors import SourceBusy, SourceError, SourceMissing, first_line
 from storage.records import Clock, Cursor, OnConflict, utcnow
 
 REQUIRED = ("id", "question", "answer")
 
 # No extension is ever fetched on behalf of somebody else's file.
-_CONFIG = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 _HOLDER = re.compile(r"held in (?P<program>.+?) \(PID (?P<pid>\d+)\)")
 _NAME_PART = re.compile(r'"(?:[^"]|"")+"|[^."]+')
 _EPOCH = datetime(1970, 1, 1)
@@ -257,7 +257,7 @@ class DuckDBSource:
         waited, pause = 0.0, _FIRST_PAUSE
         while True:
             try:
-                connection = duckdb.connect(str(self._file), read_only=True, config=_CONFIG)
+                connection = duck.connect(self._file, read_only=True)
                 connection.execute("SET TimeZone = 'UTC'")  # of texts that name none
                 return connection
             except duckdb.Error as error:
