@@ -11,8 +11,8 @@ _CONFIG = {"autoinstall_known_extensions": "false", "autoload_known_extensions":
 def connect(path: Path | str, *, read_only: bool = False) -> Any:
     """A connection that fetches nothing from anywhere and prints nothing. Raises `duckdb.Error`.
 
-    In a Python without a script (`python -c`, a notebook) DuckDB draws a progress bar on standard output when a
-    statement takes two seconds: between the lines that another program reads from there.
+    In a Python without a script (`python -c`, a notebook) DuckDB draws a progress bar on standard output when
+    a statement takes two seconds: between the lines that another program reads from there.
     """
     connection = duckdb.connect(str(path), read_only=read_only, config=_CONFIG)
     connection.execute("SET enable_progress_bar = false")
