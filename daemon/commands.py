@@ -257,9 +257,11 @@ def _check_arguments(request: Request, method: Callable[..., Any]) -> None:
         raise ControlError(f"{request.command}: {error}") from None
     for name, value in bound.arguments.items():
         wanted = signature.parameters[name].annotation
-        if name != "request" and not _fits(value, wanted):
+        if name == "request":
+            continue
+        if not _fits(value, wanted):
             raise ControlError(f"{request.command}: {name} = {value!r} is not of the type {_name(wanted)}")
-        if name != "request" and (problem := _unusable(value)):
+        if problem := _unusable(value):
             raise ControlError(f"{request.command}: {name} = {repr(value)[:200]} {problem}")
 
 
@@ -274,7 +276,7 @@ def _unusable(value: Any) -> str:
     if isinstance(value, int) and not 0 <= value <= _LARGEST:
         return f"is not between 0 and {_LARGEST}"
     try:
-        "".join([value] if isinstance(value, str) else value if isinstance(value, list) else []).encode()
+        "".join(map(str, value if isinstance(value, list) else [value])).encode()
     except UnicodeEncodeError:
         return "is not UTF-8; write it, or rename the file, in UTF-8"
     return ""

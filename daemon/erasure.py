@@ -23,7 +23,7 @@ from storage import artifacts
 from storage.errors import ControlError
 from storage.records import Choice, Erasure, Rejected, State, StoredRow
 from storage.registry import Registry
-from storage.removals import ANSWERS, MLFLOW, fits
+from storage.removals import ANSWERS, MLFLOW, Fits, fitting
 from storage.rows import Row, normalise
 from storage.store import ALL, Store
 
@@ -78,11 +78,11 @@ def plan(settings: Settings, store: Store, wanted: Choice) -> Plan:
     """What `begin` would do. Raises `ControlError` when no row is meant."""
     rows = list(store.chosen_rows(wanted))
     questions = {normalise(row.question) for row in rows}
-    words = {row.words_key for row in rows}
+    words, fits = {row.words_key for row in rows}, fitting(wanted)
     quarantined = [
         refused
         for refused in store.quarantined(ALL)
-        if _is_meant(refused, wanted, questions, words, settings.source.default_task)
+        if _is_meant(refused, wanted, fits, questions, words, settings.source.default_task)
     ]
     if not rows and not quarantined:
         raise ControlError("no row fits; `daemon status` names the tasks, `daemon quarantine` refused rows")
@@ -169,7 +169,12 @@ def finish(settings: Settings, store: Store, registry: Registry) -> None:
 
 
 def _is_meant(
-    refused: Rejected, wanted: Choice, questions: Collection[str], words: Collection[str], default_task: str
+    refused: Rejected,
+    wanted: Choice,
+    fits: Fits,
+    questions: Collection[str],
+    words: Collection[str],
+    default_task: str,
 ) -> bool:
     """Whether a quarantined row fits, or asks what one of the rows asks, be it in other words' order: then
     it has their text too, and would be taken in once they are gone."""
@@ -183,7 +188,7 @@ def _is_meant(
         wanted.row in (None, refused.hash, refused.id)
         and wanted.source in (None, refused.source)
         and (wanted.before is None or refused.at < wanted.before)
-        and fits(wanted, texts, [*told.values(), refused.detail])
+        and fits(texts, [*told.values(), refused.detail])
     )
 
 

@@ -214,17 +214,18 @@ def _remove(path: Path) -> None:
 
 
 def _remove_from_mlflow(store: Store, registry: Registry) -> None:
-    for path, told in store.pruned().items():
+    known = store.pruned()
+    for path, told in known.items():
         if path.startswith(MLFLOW) and not told.done:
             version, _, what = path.removeprefix(MLFLOW).partition("/")
             registry.prune(int(version), _FILES[what], {f"holdfast.pruned.{what}": f"{told.at:%Y-%m-%d}"})
             store.pruning_done(path)
-    known = store.pruned()
     lost = {  # cancelled after MLflow had the version and before the store did
         cycle.id: cycle.state
         for cycle in store.cycles(ALL)
-        if cycle.state in (State.FAILED, State.CANCELLED) and f"{_LOST}{cycle.id}" not in known
-        if store.verdict(cycle.id)
+        if cycle.state in (State.FAILED, State.CANCELLED)
+        and f"{_LOST}{cycle.id}" not in known
+        and store.verdict(cycle.id)
     }
     for listed in registry.look().versions if lost else ():  # looking asks for every version
         if listed.cycle_id in lost and store.model(listed.version) is None:

@@ -26,7 +26,6 @@ from storage.errors import UNREADABLE, IntegrityError, StoreBusy, StoreError, fi
 SQL = Path(__file__).parent / "sql"
 T = TypeVar("T")
 
-# Extensions are never fetched: everything the store needs is built in.
 _PATIENCE = 30.0  # seconds for a reader to go
 _WHO = "; is a daemon already running? Try `daemon status`"
 _HOLDER = re.compile(r"PID (\d+)")

@@ -5,6 +5,7 @@ from typing import Any
 
 import duckdb
 
+# Extensions are never fetched: what the store needs is built in, and nothing is on behalf of others' files.
 _CONFIG = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
 
 

@@ -3,7 +3,7 @@
 Opens nothing; `storage.store.Store` is this and all the rest.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from storage import bulk
 from storage.records import Choice, Erasure, Pruned, StoredRow
@@ -17,19 +17,26 @@ _PAGE = 20_000  # rows that are in memory at once
 _TEXTS = ("task", "question", "answer", "context")
 
 
-def fits(choice: Choice, texts: Mapping[str, str], everything: Sequence[str]) -> bool:
-    """Whether a row, stored or refused, has the texts that are meant.
+# A row's texts by name, and everything in which a piece of text may be → whether the row is meant.
+Fits = Callable[[Mapping[str, str], Sequence[str]], bool]
+
+
+def fitting(choice: Choice) -> Fits:
+    """Tells of a row, stored or refused, whether it has the texts that are meant.
 
     Compared as the intake compares: neither case nor spacing nor how Unicode spells a letter hides a row.
     """
-    for name in _TEXTS:
-        wanted = getattr(choice, name)
-        if wanted is not None and normalise(texts[name]) != normalise(wanted):
+    meant = {name: normalise(text) for name in _TEXTS if (text := getattr(choice, name)) is not None}
+    part = ""
+    if choice.contains is not None:
+        part = normalise(f"|{choice.contains}|")[1:-1]  # with the space at its ends: `art ` is not in `party`
+
+    def fits(texts: Mapping[str, str], everything: Sequence[str]) -> bool:
+        if any(normalise(texts[name]) != wanted for name, wanted in meant.items()):
             return False
-    if choice.contains is None:
-        return True
-    part = normalise(f"|{choice.contains}|")[1:-1]  # with the space at its ends: `art ` is not in `party`
-    return part in normalise(" ".join(everything))
+        return not part or part in normalise(" ".join(everything))
+
+    return fits
 
 
 class Removals(RowStore):
@@ -66,12 +73,13 @@ class Removals(RowStore):
         What is given is only ever compared with. Read by the page: a store may be large.
         """
         exact = {"row": choice.row, "source": choice.source, "before": choice.before}
+        fits = fitting(choice)
         seq, last, more = -(2**63), "", True
         while more:
             page = self._db.all(bulk.row, "chosen_rows", seq=seq, last=last, limit=_PAGE, **exact)
             for row in page:
                 texts = {name: getattr(row, name) for name in _TEXTS}
-                if fits(choice, texts, [row.id, row.context, row.question, row.answer]):
+                if fits(texts, [row.id, row.context, row.question, row.answer]):
                     yield row
             more = len(page) == _PAGE
             seq, last = (page[-1].seq, page[-1].hash) if more else (seq, last)

@@ -22,7 +22,6 @@ from storage.records import Clock, Cursor, OnConflict, utcnow
 
 REQUIRED = ("id", "question", "answer")
 
-# No extension is ever fetched on behalf of somebody else's file.
 _HOLDER = re.compile(r"held in (?P<program>.+?) \(PID (?P<pid>\d+)\)")
 _NAME_PART = re.compile(r'"(?:[^"]|"")+"|[^."]+')
 _EPOCH = datetime(1970, 1, 1)

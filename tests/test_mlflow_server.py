@@ -32,8 +32,7 @@ class Bench:
     def begin(self) -> int:
         """A cycle with something to learn; its number."""
         self.cycles += 1
-        path = soak.lesson(self.daemon.config_path.parent, f"{self.cycles}", self.cycles)
-        assert self.daemon.call("ingest", paths=[str(path)])["accepted"] == 2 * soak.ROWS
+        soak.ingest(self.daemon, f"{self.cycles}", self.cycles)
         return self.daemon.retrain()
 
     def waits(self, cycle: int) -> str:
