@@ -108,8 +108,6 @@ class CycleRunner:
         """One state onwards. A worker that died is replaced; its work continues from the checkpoint."""
         try:
             return self._steps[cycle.state](cycle, stop)
-        except ModelMissing:  # a model error, but no attempt's own
-            raise
         except ENDS_ATTEMPT as error:
             candidates = self.store.candidates(cycle.id)
             if len(candidates) < 2 or cycle.state not in (State.SNAPSHOTTED, State.TRAINED):
@@ -157,13 +155,13 @@ class CycleRunner:
 
     def _train(self, cycle: Cycle, stop: Stop) -> Cycle:
         snapshot = snapshots.load(self._snapshot_of(cycle))
-        self._check_same_base(cycle, snapshot, stop)
         candidate, stop = self._candidate(cycle, snapshot, stop)
         if candidate.kind == rescue.Kind.BLEND:
             return self._blend(cycle, snapshot, stop)
         job_of, progress = self._jobs(cycle, snapshot), self._progress(cycle)
 
         def train(strategy: StrategySpec, result: Path) -> TrainReport:
+            self._check_same_base(cycle, snapshot, stop)
             return self.executor.train(job_of(strategy, result), progress, stop)
 
         if auto.is_due(snapshot, candidate):
@@ -205,6 +203,7 @@ class CycleRunner:
 
     def _blend(self, cycle: Cycle, snapshot: Snapshot, stop: Stop) -> Cycle:
         """The other way to a candidate; when no blend is worth an exam there is nothing to evaluate."""
+        self._check_same_base(cycle, snapshot, stop)
         made = rescue.blend(
             self.store, self.settings, self.executor, cycle, snapshot, self._progress(cycle), stop
         )

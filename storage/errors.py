@@ -70,7 +70,7 @@ class ModelError(HoldfastError):
     """The base model cannot be loaded; check model.base."""
 
 
-class ModelMissing(ModelError):
+class ModelMissing(HoldfastError):
     """The base model is not there; the cycle waits for it."""
 
 

@@ -16,7 +16,7 @@ from daemon import auto, report
 from daemon.auto import Trial, affordable, best, reason
 from daemon.executor import OnProgress, Stop
 from storage.artifacts import atomic_dir, made_for
-from storage.errors import Interrupted, NonFiniteLoss, StageError, WorkerError
+from storage.errors import Interrupted, ModelMissing, NonFiniteLoss, StageError, WorkerError
 from storage.parquet import read_rows
 from storage.records import State
 from strategies import combinations
@@ -175,6 +175,21 @@ def test_a_trial_that_fails_is_passed_over_when_there_is_another(bot: Bot, error
     (candidate,) = bot.store.candidates(cycle.id)
     assert f"auto chose {NAMES[0]}" in (candidate.change or "")
     assert f"{NAMES[1]}: {error}" in (candidate.change or "")
+
+
+def test_a_base_that_goes_between_two_trials_is_waited_for(bot: Bot, base: Path, tmp_path: Path) -> None:
+    """It is not the trial's fault, and must not decide which strategy is chosen."""
+    elsewhere = tmp_path / "elsewhere"
+    script(bot).after = lambda stage: base.rename(elsewhere) and None  # type: ignore[method-assign]
+    cycle = bot.request()
+    with pytest.raises(ModelMissing, match="is it mounted"):
+        bot.run(cycle)
+    assert script(bot).trained == [NAMES[0], NAMES[0]]
+
+    elsewhere.rename(base)
+    script(bot).after = lambda stage: None  # type: ignore[method-assign]
+    assert bot.run(cycle).state is State.PROMOTED
+    assert script(bot).trained == [NAMES[0], *NAMES]
 
 
 def test_when_none_can_learn_the_rows_the_cycle_fails_with_the_reason(bot: Bot) -> None:

@@ -62,7 +62,7 @@ def test_a_base_whose_weights_are_gone_is_prepared_anew(folder: Path, tmp_path: 
     shutil.copytree(folder, tmp_path / "base")
     ready(tmp_path / "base", tmp_path / "out")
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelMissing):
         ready(tmp_path / "base", tmp_path / "out")
     shutil.copytree(folder, tmp_path / "base")
     assert ready(tmp_path / "base", tmp_path / "out").path == str(tmp_path / "base")
