@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storage.errors import IntegrityError, NonFiniteLoss
+from storage.errors import IntegrityError, Interrupted, NonFiniteLoss
 from strategies import quadratic
 from strategies.batches import Example
 from strategies.contract import StrategySpec, result_files
@@ -79,6 +79,29 @@ def test_the_fisher_information_does_not_know_the_batch_size(tmp_path: Path) -> 
         found.append(fisher_information(learner, trainings.experience(learner, lesson("a", 8)).new))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert sum(float(f.sum()) for f in found[0].values()) > 0
+
+
+def test_dropout_has_no_say_in_the_fisher_information(tmp_path: Path) -> None:
+    base, found = tiny_base(tmp_path / "base"), []
+    for dropout in (0.0, 0.5):
+        learner = trainings.learner(base, tmp_path / "work", dropout=dropout)
+        learner.model.train()
+        found.append(fisher_information(learner, trainings.experience(learner, lesson("a", 8)).new))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_stop_does_not_wait_for_the_fisher_information() -> None:
+    stopped = teacher(Unigram([1.0, 1.0, 2.0]))
+    told: list[Any] = []
+    stopped.tell = told.append
+
+    def stop_at_the_third() -> None:
+        if len(told) == 2:
+            raise Interrupted()
+
+    stopped.check_stop = stop_at_the_third
+    with pytest.raises(Interrupted):
+        fisher_information(stopped, [says(0)] * 9)
 
 
 def test_a_fisher_information_that_is_not_finite_is_refused() -> None:
@@ -340,6 +363,18 @@ def test_half_of_lambda_is_the_price_of_losing_all_that_an_experience_taught() -
     lost.last_pass, lost.penalise = True, charged.append
     method.before_backward(lost)
     assert [term.item() for term in charged] == [pytest.approx(10.0 / 2)]
+
+
+def test_the_seed_of_the_training_chooses_the_rows_that_are_measured() -> None:
+    rows = [says(*[token] * length) for token in range(3) for length in range(1, 9)]
+    model = Unigram([1.0, 2.0, 3.0])
+    method = Ewc(EWC, seed=1)
+    method.after_training_exp(teacher(model, rows))
+    assert method.past is not None
+    anchor = {"odds": model.odds.detach()}
+    for seed in (0, 1):
+        measured = relative(fisher_information(teacher(model), choose(rows, 4, seed)), anchor)
+        assert torch.equal(method.past.curvature["odds"], measured["odds"]) == (seed == 1)
 
 
 @pytest.mark.parametrize("passes", [1, 3])
