@@ -15,7 +15,7 @@ from daemon import audit_cycles, audit_erasures, audit_exams, audit_registry, au
 from daemon.evidence import BACKUP, Evidence, Wrong, gather
 from daemon.settings import Settings
 from storage.artifacts import verify
-from storage.errors import HoldfastError, IntegrityError
+from storage.errors import UNREADABLE, HoldfastError, IntegrityError
 from storage.registry import Registry
 from storage.store import Store
 from strategies.base import fingerprint, prepared
@@ -129,9 +129,17 @@ def each_base_is_what_it_was(evidence: Evidence) -> Iterator[Wrong]:
             yield Wrong(message=str(error), next=f"rm -r {folder}: the next cycle makes it anew")
             continue
         evidence.tick()
-        if fingerprint(Path(base.path), folder / "tokenizer" / "tokenizer.json") != base.fingerprint:
+        if _fingerprint(base.path, folder) != base.fingerprint:
             told = f"the base at {base.path} is not what it was when it was made ready"
             yield Wrong(message=told, next="put its files back as they were")
+
+
+def _fingerprint(base: str, folder: Path) -> str:
+    """ "" for one that can no longer be read."""
+    try:
+        return fingerprint(Path(base), folder / "tokenizer" / "tokenizer.json")
+    except UNREADABLE:
+        return ""
 
 
 FILES: tuple[Callable[[Settings], Iterator[Wrong]], ...] = (the_state_is_private, no_file_is_a_pickle)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from daemon.executor import Executor, OnProgress, Stop
 from daemon.settings import Settings
-from storage.errors import ConfigError, ModelError
-from strategies.base import prepared
+from storage.errors import ConfigError, ModelError, ModelMissing
+from strategies.base import is_away, prepared
 from strategies.contract import ModelSpec, PreparedBase, PrepareJob
 from strategies.tokens import count_tokens_factory
 
@@ -52,12 +52,17 @@ def check_champions_base(
 def located(settings: Settings, spec: ModelSpec) -> ModelSpec:
     """The spec with the place where its base is now: the state directory may have moved.
 
-    Raises `ModelError` when there is none that is still what it was: adapters belong to one base.
+    Raises `ModelMissing` when it is not there now, and `ModelError` when there is none that is still what
+    it was: adapters belong to one base.
     """
     for folder in (settings.state_dir / "models").glob("*"):
         base = prepared(folder)
         if base is not None and base.fingerprint == spec.fingerprint:
             return replace(spec, path=base.path)
+    if is_away(Path(spec.path)):
+        raise ModelMissing(
+            f"the base model is not at {spec.path} now; is it mounted? Else put its files back"
+        )
     raise ModelError(
         f"the base model at {spec.path} is not what it was (fingerprint {spec.fingerprint[:12]}); put its "
         "files back, or start a new bot with another bot.state_dir and bot.name"

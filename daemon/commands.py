@@ -18,7 +18,7 @@ from daemon.control import ClientGone, Request
 from daemon.executor import OnProgress, Stop, WorkerExecutor
 from daemon.flight import Activity, Flight
 from daemon.settings import Settings
-from storage.errors import ControlError, Interrupted
+from storage.errors import ControlError, Interrupted, StoreError
 from storage.records import Cycle, State
 from storage.registry import Registry
 from storage.store import Store
@@ -184,8 +184,9 @@ class Commands:
         """Whether it was finished while the client could be kept waiting."""
         deadline, pace = time.monotonic() + ERASURE_SECONDS, threading.Event()
         while time.monotonic() < deadline and not self._daemon.flight.closing:
-            if any(one.id == number and one.done_at for one in self._daemon.store.erasures()):
-                return True
+            with suppress(StoreError):  # a reader has it for a while; the erasure has begun all the same
+                if any(one.id == number and one.done_at for one in self._daemon.store.erasures()):
+                    return True
             request.emit({"erasure": number})
             pace.wait(0.2)
         return False

@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from daemon import auto, examination, experience, gate, promote, publish, rescue
+from daemon import auto, erasure, examination, experience, gate, promote, publish, rescue
 from daemon.base import check_champions_base, located, prepare_base
 from daemon.executor import Executor, Stop
 from daemon.pull import pull_source
@@ -389,18 +389,13 @@ class CycleRunner:
     def _ended_by(self, cycle_id: int, error: Exception) -> Cycle:
         """An erasure cancels, and takes rows away from a step in its midst: that is no fault."""
         if isinstance(error, Cancelled) or self.store.is_cancelled(cycle_id):
-            return self._end(cycle_id, State.CANCELLED, f"{self._canceller(cycle_id)}; its rows stay pending")
+            return self._end(cycle_id, State.CANCELLED, erasure.why_cancelled(self.store, cycle_id))
         if isinstance(error, HoldfastError):
             return self._fail(cycle_id, str(error))
         if isinstance(error, OSError):
             why = f"{error}; free space or fix the permissions, then `daemon retrain-now`"
             return self._fail(cycle_id, why)
         raise error
-
-    def _canceller(self, cycle_id: int) -> str:
-        asked = self.store.events(1, cycle_id, "cancel")
-        told = asked[0].detail if asked else {}
-        return f"by erasure {told['erasure']}" if "erasure" in told else f"by {told.get('by', 'a request')}"
 
     def _fail(self, cycle_id: int, reason: str) -> Cycle:
         cycle = self._end(cycle_id, State.FAILED, reason)

@@ -57,7 +57,7 @@ def choice(
         if not sign or column.strip() not in COLUMNS:
             raise ControlError(f"--where {condition!r} is not COLUMN=VALUE; columns: {', '.join(COLUMNS)}")
         other = given.get(column.strip())
-        if other not in (None, value):
+        if other is not None and normalise(other) != normalise(value):
             raise ControlError(
                 f"{column.strip()} cannot be both {other!r} and {value!r}: all conditions must hold; "
                 "erase the one, then the other"
@@ -124,6 +124,14 @@ def begin(settings: Settings, store: Store, wanted: Choice, who: str, why: str) 
     return erasure
 
 
+def why_cancelled(store: Store, cycle_id: int) -> str:
+    """Who asked first: what an erasure does to a cycle that a person has cancelled is not its reason."""
+    asked = store.events(ALL, cycle_id, "cancel")
+    told = asked[-1].detail if asked else {}
+    by = f"erasure {told['erasure']}" if "erasure" in told else told.get("by", "a request")
+    return f"by {by}; its rows stay pending"
+
+
 def is_due(store: Store) -> bool:
     return any(erasure.done_at is None for erasure in store.erasures())
 
@@ -138,7 +146,7 @@ def finish(settings: Settings, store: Store, registry: Registry) -> None:
     begun = [erasure for erasure in store.erasures() if erasure.done_at is None]
     for cycle in store.unfinished():
         if store.is_cancelled(cycle.id):
-            store.advance(cycle.id, State.CANCELLED, reason="by an erasure; its rows stay pending")
+            store.advance(cycle.id, State.CANCELLED, reason=why_cancelled(store, cycle.id))
     erased = store.erased()
     snapshots = list(_snapshots_with(settings, erased))  # reads much: nobody has to wait for the store
     with store.transaction():
@@ -152,6 +160,8 @@ def finish(settings: Settings, store: Store, registry: Registry) -> None:
         store.prune([(path, why) for path in dict.fromkeys(paths) if path not in known])
     for folder in [*snapshots, *_files_with(settings, store, cycles)]:
         artifacts.remove(folder)
+    for parent in ("snapshots", "cycles"):  # a kill may have come after a removal and before its sync
+        artifacts.sync(settings.state_dir / parent)
     promote.check_is_ours(store, registry)  # another MLflow would have nothing to erase
     promote.repair_alias(store, registry)  # first: no alias may point to a version without files
     registry.erase(erased, cycles, {"holdfast.erased": why})
@@ -188,8 +198,12 @@ def _is_meant(
         wanted.row in (None, refused.hash, refused.id)
         and wanted.source in (None, refused.source)
         and (wanted.before is None or refused.at < wanted.before)
-        and fits(texts, [*told.values(), refused.detail])
+        and fits(texts, [told.get(name, "") for name in _SEARCHED])
     )
+
+
+# Where `--contains` looks, as in stored rows; "text" is what could not be taken apart.
+_SEARCHED = ("id", "context", "question", "answer", "text")
 
 
 def _said(raw: str) -> dict[str, str]:

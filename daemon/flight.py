@@ -181,7 +181,7 @@ class Flight:
             with self._turn:
                 try:
                     unfinished = [] if operations.paused(self.store) else self.store.unfinished()
-                except StoreError as error:
+                except HoldfastError as error:
                     self._rest_from(error)
                     continue
                 if unfinished and not self._closing:
@@ -244,8 +244,8 @@ class Flight:
         if not self._closing and not self._asked:  # it may have been asked while it tidied up
             self._turn.wait(HOUSEKEEPING_SECONDS if self._untidy else None)
 
-    def _rest_from(self, error: StoreError) -> None:
-        """A reader has the store, or its disk is full: to be held with the turn."""
+    def _rest_from(self, error: HoldfastError) -> None:
+        """A reader has the store, its disk is full, or a record is damaged: to be held with the turn."""
         log.error("%s; tried again in %.0f s", error, STORE_SECONDS, extra={"action": "store-unused"})
         if not self._closing:
             self._turn.wait(STORE_SECONDS)

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from daemon import examination
-from daemon.promote import champions
+from daemon.promote import champions, check_is_ours
 from daemon.settings import Settings
 from storage import artifacts, snapshots
 from storage.errors import HoldfastError
@@ -26,7 +26,7 @@ from storage.store import ALL, Store
 
 log = logging.getLogger(__name__)
 
-_LOST = "lost/"  # and a cycle: what MLflow may have of it, and the store has not
+_SEARCHED = "retention.searched"  # up to which cycle MLflow was searched for what the store has not
 # Of a version's run in MLflow, by the last part of its path.
 _FILES = {"model": ("model",), "answers": (PREDICTIONS,)}
 
@@ -64,6 +64,7 @@ def prune(settings: Settings, store: Store, registry: Registry) -> list[Removal]
         store.prune([(one.path, one.why) for one in removals], exams)
     _remove_files(settings, store, kept)
     _remove_from_mlflow(store, registry)
+    _remove_strays(store, registry)
     if removals:
         log.info("pruned %d things", len(removals), extra={"action": "pruned"})
     return removals
@@ -214,20 +215,25 @@ def _remove(path: Path) -> None:
 
 
 def _remove_from_mlflow(store: Store, registry: Registry) -> None:
-    known = store.pruned()
-    for path, told in known.items():
+    for path, told in store.pruned().items():
         if path.startswith(MLFLOW) and not told.done:
             version, _, what = path.removeprefix(MLFLOW).partition("/")
             registry.prune(int(version), _FILES[what], {f"holdfast.pruned.{what}": f"{told.at:%Y-%m-%d}"})
             store.pruning_done(path)
-    lost = {  # cancelled after MLflow had the version and before the store did
-        cycle.id: cycle.state
+
+
+def _remove_strays(store: Store, registry: Registry) -> None:
+    """Files of versions that MLflow has and the store does not: their cycle was cancelled in between."""
+    searched = int(store.get_meta(_SEARCHED) or 0)
+    strays = {
+        cycle.id: str(cycle.state)
         for cycle in store.cycles(ALL)
-        if cycle.state in (State.FAILED, State.CANCELLED)
-        and f"{_LOST}{cycle.id}" not in known
-        and store.verdict(cycle.id)
+        if cycle.id > searched and cycle.state in (State.FAILED, State.CANCELLED) and store.verdict(cycle.id)
     }
-    for listed in registry.look().versions if lost else ():  # looking asks for every version
-        if listed.cycle_id in lost and store.model(listed.version) is None:
-            registry.prune(listed.version, _FILES["model"], {"holdfast.verdict": str(lost[listed.cycle_id])})
-    store.prune([(f"{_LOST}{number}", f"cycle {number}, {state}") for number, state in lost.items()])
+    if not strays:
+        return  # searching asks for every version
+    check_is_ours(store, registry)
+    for listed in registry.look().versions:
+        if listed.cycle_id in strays and store.model(listed.version) is None:
+            registry.prune(listed.version, _FILES["model"], {"holdfast.verdict": strays[listed.cycle_id]})
+    store.set_meta(_SEARCHED, str(max(strays)))

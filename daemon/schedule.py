@@ -29,6 +29,7 @@ _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 _FIELDS = ("minute", "hour", "day", "month", "day_of_week")
 _PART = re.compile(r"^(?:\*|(?P<first>\w+)(?:-(?P<last>\w+))?)(?:/(?P<step>\d+))?$")
 _DAY = timedelta(days=1)
+_PUT_BACK = timedelta(hours=3)  # more than a time zone's summer, less than what a plan can do without
 LOOK_SECONDS = 30  # how late a firing may be after the machine slept
 _SHORTCUTS = {
     "@hourly": "0 * * * *",
@@ -84,10 +85,10 @@ class Schedule:
     def unfired(self, since: datetime) -> datetime:
         """Since when no time has fired: `since`, or the last firing where the clock was put back from there.
 
-        A last firing that is a day ahead or more says only that the clock was wrong.
+        A last firing that is further ahead says only that the clock was wrong.
         """
         fired = self.fired
-        return fired if fired is not None and since < fired < since + _DAY else since
+        return fired if fired is not None and since < fired < since + _PUT_BACK else since
 
     def soon(self, work: Callable[[], None]) -> None:
         """Has this done once, on the thread that also fires: one after the other."""

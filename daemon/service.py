@@ -221,7 +221,7 @@ class Service:
         erased = self._tidied(erasure.finish, "an erasure is not finished", "unerased")
         return (
             erased
-            & self._repair_alias()
+            & self._tidied(_repair_alias, "the champion's alias was not checked", "alias-unchecked")
             & self._tidied(retention.prune, "not everything was pruned", "unpruned")
             & self._tidied(_refresh, "the store was not opened afresh", "unrefreshed")
         )
@@ -234,19 +234,6 @@ class Service:
             work(daemon.settings, daemon.store, daemon.registry)
         except (HoldfastError, OSError) as error:
             log.warning("%s: %s", otherwise, error, extra={"action": action})
-            return False
-        return True
-
-    def _repair_alias(self) -> bool:
-        """After a crash MLflow's alias may lag behind the store; false when MLflow cannot be asked now."""
-        if not self._daemon.store.promotions():
-            return True  # no alias was ever set; spares a new daemon the import of MLflow
-        try:
-            promote.repair_alias(self._daemon.store, self._daemon.registry)
-        except HoldfastError as error:
-            log.warning(
-                "the champion's alias was not checked: %s", error, extra={"action": "alias-unchecked"}
-            )
             return False
         return True
 
@@ -391,6 +378,12 @@ def _check_same_bot(old: Settings, new: Settings) -> None:
             raise ConfigError(
                 f"bot.{key} changed from {str(before)!r} to {str(after)!r}; that needs a restart"
             )
+
+
+def _repair_alias(settings: Settings, store: Store, registry: Registry) -> None:
+    """After a crash MLflow's alias may lag behind the store."""
+    if store.promotions():  # else no alias was ever set; spares a new daemon the import of MLflow
+        promote.repair_alias(store, registry)
 
 
 def _refresh(settings: Settings, store: Store, registry: Registry) -> None:

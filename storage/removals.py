@@ -34,7 +34,7 @@ def fitting(choice: Choice) -> Fits:
     def fits(texts: Mapping[str, str], everything: Sequence[str]) -> bool:
         if any(normalise(texts[name]) != wanted for name, wanted in meant.items()):
             return False
-        return not part or part in normalise(" ".join(everything))
+        return not part or part in f" {normalise(' '.join(everything))} "
 
     return fits
 

@@ -91,6 +91,11 @@ def prepared(out: Path) -> PreparedBase | None:
         return None
 
 
+def is_away(place: Path) -> bool:
+    """Whether nothing is there, as where a file system is not mounted: not even a base that was edited."""
+    return not place.exists() or (place.is_dir() and not any(place.iterdir()))
+
+
 def _stamp(source: Path) -> str:
     facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in _files(source)]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -174,6 +179,10 @@ def _folder(base: str) -> Path | None:
         _check_there(path)
     if not path.is_dir():
         return None
+    if is_away(path):
+        raise ModelMissing(
+            f'model.base = "{path}" is an empty folder; is it mounted? Else correct model.base'
+        )
     if not list(path.glob("*.safetensors")):
         raise ModelError(
             f"model.base = {base!r} holds no .safetensors weights; pickled weights are not loaded"

@@ -127,14 +127,15 @@ def test_a_bot_with_a_promoted_a_rolled_back_and_a_rejected_cycle_has_no_finding
     assert files(bot.state) == before, "an audit changes nothing"
 
 
-def test_a_byte_of_the_base_that_turned_over_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_byte_of_the_base_that_turned_over_is_found(tmp_path: Path, name: str) -> None:
     bot = make_bot(tmp_path)
     bot.collect(lesson("colours")[:2])
     assert bot.run().state is State.NOTHING
     assert audited(bot) == []
-    weights = Path(bot.settings.model.base) / "model.safetensors"
+    weights = Path(bot.settings.model.base) / name
     before, data = weights.stat(), bytearray(weights.read_bytes())
-    data[-1] ^= 1
+    data[-2] ^= 1  # of the configuration, its last bracket
     weights.write_bytes(data)
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert bot.run().state is State.NOTHING, "no cycle reads every byte"

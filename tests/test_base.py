@@ -237,6 +237,10 @@ def test_a_version_answers_with_its_own_base_wherever_that_is_now(tmp_path: Path
     spec = examination.specs(snapshot).model
     assert located(bot.settings, replace(spec, path="/moved/away")) == spec
     assert asking.load(bot.settings, serving, "colours").answer("which one is colours 1", "")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelMissing, match=r"is not at .*base now; is it mounted"):
+        located(bot.settings, spec)
+    (tmp_path / "elsewhere").rename(tmp_path / "base")
     edit(tmp_path / "base", "weights")
     with pytest.raises(ModelError, match="is not what it was"):
         asking.load(bot.settings, serving, "colours")
@@ -354,6 +358,9 @@ def test_a_gguf_file_that_is_absent_or_damaged_is_named(tmp_path: Path) -> None:
         ready(tmp_path / "absent.gguf", tmp_path / "out")
     with pytest.raises(ModelMissing, match="is it mounted"):
         ready(tmp_path / "absent", tmp_path / "out")
+    (tmp_path / "mountpoint").mkdir()
+    with pytest.raises(ModelMissing, match=r'mountpoint" is an empty folder; is it mounted'):
+        ready(tmp_path / "mountpoint", tmp_path / "out")
     (tmp_path / "folder.gguf").mkdir()
     with pytest.raises(ModelError, match="is not a file"):
         ready(tmp_path / "folder.gguf", tmp_path / "out")

@@ -231,6 +231,18 @@ def test_a_cycle_that_was_under_way_is_cancelled_and_leaves_nothing(bot: Bot) ->
     assert audited(bot) == []
 
 
+def test_a_cycle_that_a_person_had_cancelled_was_cancelled_by_that_person(bot: Bot) -> None:
+    bot.collect(lesson("sizes", FLAVOURS))
+    cycle = bot.request()
+    bot.store.advance(cycle.id, State.PULLED)
+    bot.store.event("cancel", cycle.id, by="ann")
+    begin(bot, row="s-train")
+    erasure.finish(bot.settings, bot.store, bot.registry)
+    after = bot.store.cycle(cycle.id)
+    assert after is not None
+    assert (after.state, after.reason) == (State.CANCELLED, "by ann; its rows stay pending")
+
+
 def test_a_cycle_that_runs_stops_for_an_erasure_and_says_for_which(bot: Bot) -> None:
     bot.collect(lesson("sizes", FLAVOURS))
     training, erasing, trained = threading.Event(), threading.Event(), []
@@ -597,6 +609,39 @@ def test_a_space_at_the_end_of_a_text_is_part_of_it(bot: Bot) -> None:
     found = erasure.plan(bot.settings, bot.store, erasure.choice(**meant(contains=" art ")))
     assert [row.id for row in found.rows] == ["art"]
     assert len(found.quarantined) == 1
+
+
+def test_the_end_of_a_row_parts_words_as_a_space_does(bot: Bot) -> None:
+    for n, question in enumerate(("who is John Smith", "who is John Smith today", "who is John Smithson")):
+        stored_row(bot, str(n), question=question)
+    found = erasure.plan(bot.settings, bot.store, erasure.choice(**meant(contains="John Smith ")))
+    assert [row.id for row in found.rows] == ["0", "1"]
+
+
+@pytest.mark.parametrize("part", ["stars", "empty", "line 7"])
+def test_a_refused_row_is_not_meant_by_what_was_said_of_it(bot: Bot, part: str) -> None:
+    """Its task, why it was refused, where it came from: none of it is searched in stored rows."""
+    row = RawRow(
+        values={"id": "jane-1", "task": "stars", "question": "who", "answer": " "}, location="line 7"
+    )
+    take([[row]], bot.store, SourceSpec(), shares=(0.1, 0.1), source_name="file")
+    with pytest.raises(ControlError, match="no row fits"):
+        erasure.plan(bot.settings, bot.store, erasure.choice(**meant(contains=part)))
+
+
+def test_a_line_that_could_not_be_taken_apart_is_searched_too(bot: Bot) -> None:
+    row = RawRow(values={"text": '{"question": "who is jane@x'}, location="1", problem="not valid JSON")
+    take([[row]], bot.store, SourceSpec(), shares=(0.1, 0.1), source_name="file")
+    found = erasure.plan(bot.settings, bot.store, erasure.choice(**meant(contains="jane@x")))
+    assert len(found.quarantined) == 1
+
+
+def test_one_task_may_be_named_twice(bot: Bot) -> None:
+    stored_row(bot, "b-1", task="Billing", question="who pays")
+    found = erasure.plan(
+        bot.settings, bot.store, erasure.choice(**meant(task="billing", where=["task=Billing"]))
+    )
+    assert [row.id for row in found.rows] == ["b-1"]
 
 
 def test_rows_are_read_by_the_page_and_each_comes_once(

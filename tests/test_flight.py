@@ -418,3 +418,25 @@ def test_a_store_that_cannot_be_used_for_a_while_does_not_end_the_thread(
     assert "process 7 holds the store; tried again" in caplog.text
     made.end()
     made.store.close()
+
+
+def test_a_damaged_record_does_not_end_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("daemon.flight.STORE_SECONDS", 0.01)
+    made, read = Scene(tmp_path / "store.duckdb"), threading.Semaphore(0)
+    unfinished = made.store.unfinished
+    monkeypatch.setattr(made.store, "unfinished", lambda: read.release() or unfinished())
+    made.runner.let_through.set()
+    cycle, _ = made.flight.request("manual", "ann")
+    made.store._db.script("UPDATE cycles SET state = 'requestedx'")
+    made.flight.start()
+    for _ in range(3):
+        assert read.acquire(timeout=PATIENCE)
+        made.flight.wake()
+    assert made.flight.alive()
+    assert "requestedx" in caplog.text
+    made.store._db.script("UPDATE cycles SET state = 'requested'")
+    made.until(lambda a: a.cycle_id is None and made.state(cycle.id).ended)
+    made.end()
+    made.store.close()

@@ -268,12 +268,13 @@ def test_a_clock_that_is_put_back_after_the_firing_does_not_bring_it_again(
     assert timedelta(hours=20) < night.fired[1] - fired < timedelta(hours=26), "the next night has its own"
 
 
+@pytest.mark.parametrize("ahead", [timedelta(days=200), timedelta(hours=8)])
 @pytest.mark.parametrize("restarted", [False, True])
 def test_a_firing_far_ahead_of_the_right_time_does_not_stop_the_schedule(
-    night: Night, restarted: bool
+    night: Night, restarted: bool, ahead: timedelta
 ) -> None:
     right = Moved.at
-    night.clock_is_set(right + timedelta(days=200))
+    night.clock_is_set(right + ahead)
     while not night.fired:
         night.goes_on(10)
     night.clock_is_set(right)

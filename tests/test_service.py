@@ -24,7 +24,7 @@ from daemon.base import prepare_base
 from daemon.executor import Stop
 from daemon.notify import Notifier
 from daemon.service import STOP_SECONDS, WORKER_STOP_SECONDS
-from storage.errors import ControlError, StoreError
+from storage.errors import ControlError, StoreBusy, StoreError
 from storage.store import Store
 from tests.bots import COLOURS, FLAVOURS, collect, lesson, make_bot, write_config
 from tests.daemons import (
@@ -260,6 +260,23 @@ def test_work_that_does_not_end_does_not_hide_why_the_daemon_ends(
     )  # fmt: skip
     assert ran.returncode == code, ran.stderr
     assert "action=cut-off" in ran.stderr
+
+
+def test_a_store_that_a_reader_has_puts_off_the_tidying_up_and_is_no_bug(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_config(tmp_path, base)
+    settings = config.load(path)
+    with Store.open(settings.store_path) as store:
+        made = service.Service(path, settings, store, Notifier.from_environment(), queue.SimpleQueue())
+        with monkeypatch.context() as patch:
+            busy = StoreBusy("process 7 holds the store")
+            patch.setattr(store._db, "_use", lambda: (_ for _ in ()).throw(busy))
+            assert not made._housekeeping()
+        told = [record.action for record in caplog.records if "process 7 holds" in record.message]  # type: ignore[attr-defined]
+        assert told == ["unerased", "alias-unchecked", "unpruned", "unrefreshed"]
+        assert made._housekeeping()
+        made._control.close()
 
 
 # The schedule.
