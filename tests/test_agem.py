@@ -22,6 +22,7 @@ from strategies.replay import seen
 from strategies.replay_memory import Memory, Seen, memory_hashes
 from strategies.replay_policies import draw_equally
 from tests import trainings
+from tests.toys import tiny_multimodal
 from tests.trainings import adapter_bytes, job, lesson, run, snapshot, state
 
 AGEM = StrategySpec(methods=("agem",), replay_ratio=0.5, replay_size=6)
@@ -172,6 +173,19 @@ def test_its_memory_is_that_of_replay(base: Path, tmp_path: Path) -> None:
         run(job(base, data, tmp_path / f"{name} 2", tmp_path / f"{name} 1", strategy=spec))
     assert adapter_bytes(tmp_path / "agem 1") == adapter_bytes(tmp_path / "replay 1")
     assert state(tmp_path / "agem 2") == state(tmp_path / "replay 2") != {}
+
+
+def test_what_a_text_does_not_go_through_has_no_say_and_does_not_learn(tmp_path: Path) -> None:
+    base, old = tiny_multimodal(tmp_path / "base"), lesson("a", 4)
+    once = replace(trainings.SPEC, epochs=1)
+    run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=AGEM, train=once))
+    data = snapshot(tmp_path / "2", lesson("b", 4), memory=old)
+    report = run(job(base, data, tmp_path / "two", tmp_path / "one", strategy=AGEM, train=once))
+    assert report.rehearsed
+    before, after = (trainings.adapter(tmp_path / name) for name in ("one", "two"))
+    sees = {name for name in before if "vision_tower" in name}
+    assert sees
+    assert {name for name in before if torch.equal(before[name], after[name])} == sees
 
 
 THREE_TASKS = Memory(seed=0).with_rows(

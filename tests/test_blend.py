@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,32 @@ def test_adapters_that_differ_in_a_tensor_are_refused(
     write_manifest(tmp_path / "c")
     with pytest.raises(ModelError, match="they differ in base_model"):
         blend(asked((trained[0], tmp_path / "c"), tmp_path / "out"), lambda progress: None)
+
+
+@pytest.mark.parametrize(
+    ("key", "other"), [("lora_alpha", 8), ("use_rslora", True), ("alpha_pattern", {"q_proj": 1})]
+)
+def test_adapters_of_another_scale_are_refused(
+    trained: tuple[Path, Path], tmp_path: Path, key: str, other: object
+) -> None:
+    """Their tensors do not show it."""
+    candidate = tmp_path / "candidate"
+    shutil.copytree(trained[1], candidate)
+    with_config(candidate, lambda values: values.update({key: other}))
+    write_manifest(candidate)
+    with pytest.raises(ModelError, match=f"other shapes cannot be blended: the champion's {key} is"):
+        blend(asked((trained[0], candidate), tmp_path / "out"), lambda progress: None)
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["champion", "candidate"])
+def test_an_end_that_was_changed_is_not_blended(trained: tuple[Path, Path], tmp_path: Path, end: int) -> None:
+    ends = (tmp_path / "champion", tmp_path / "candidate")
+    for whole, copy in zip(trained, ends, strict=True):
+        shutil.copytree(whole, copy)
+    path = result_files(ends[end])["adapter"] / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(IntegrityError, match="was changed"):
+        blend(asked(ends, tmp_path / "out"), lambda progress: None)
 
 
 def test_protection_is_turned_up_method_by_method() -> None:

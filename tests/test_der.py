@@ -105,6 +105,17 @@ def test_the_opinions_are_those_of_the_remembered_rows(base: Path, tmp_path: Pat
     assert same({row: first[row] for row in stayed}, {row: second[row] for row in stayed}), "the first stays"
 
 
+def test_rows_that_were_remembered_before_der_began_are_held_to_nothing(base: Path, tmp_path: Path) -> None:
+    old, new = lesson("a", 4), lesson("b", 4)
+    replay = replace(DER, methods=("replay",))
+    run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=replay))
+    data = snapshot(tmp_path / "2", new, memory=old)
+    report = run(job(base, data, tmp_path / "two", tmp_path / "one", strategy=DER))
+    assert set(report.rehearsed) == {row.hash for row in old}
+    assert not any(point.penalty for point in report.curve)
+    assert opinions(tmp_path / "two").keys() == {row.hash for row in new}
+
+
 def test_rehearsed_rows_are_held_to_what_was_thought_of_them(base: Path, tmp_path: Path) -> None:
     old, new = lesson("a", 8), lesson("b", 8)
     first = run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=DER))

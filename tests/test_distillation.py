@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from storage.errors import Interrupted
 from strategies import distill
 from strategies.batches import Example
-from strategies.contract import StrategySpec
+from strategies.contract import Progress, StrategySpec
 from strategies.der import Der
 from strategies.distill import divergence, opinion
 from strategies.experience import LanguageExperience, Loader
@@ -114,6 +115,37 @@ def test_a_hidden_answer_is_free_to_learn(words: int) -> None:
     assert divergence(pushed, opinion(logits(3, words))).item() > 1, "unhidden it would have cost"
 
 
+@pytest.mark.parametrize("hidden", [None, [4, 0, 19]], ids=["all", "hidden"])
+def test_logits_of_half_the_bits_are_reckoned_with_in_whole_numbers(hidden: list[int] | None) -> None:
+    """A model in bfloat16 gives no others, and small probabilities would be lost in its sums."""
+    then, now = logits(3, 100).bfloat16(), logits(3, 100, seed=1).bfloat16()
+    ids = None if hidden is None else torch.tensor(hidden)
+    told = opinion(then, ids)
+    assert torch.equal(told.logprobs, opinion(then.float(), ids).logprobs)
+    assert torch.equal(divergence(now, told, ids), divergence(now.float(), told, ids))
+
+
+def test_dropout_has_no_say_in_an_opinion_and_goes_on_afterwards(base: Path, tmp_path: Path) -> None:
+    found = []
+    for dropout in (0.0, 0.5):
+        learner = trainings.learner(base, tmp_path, dropout=dropout)
+        learner.model.train()
+        rows = trainings.experience(learner, lesson("a", 4)).new
+        found.append(distill.opinions(learner, rows, hide_answers=False))
+        assert learner.model.training
+    for row, told in found[0].items():
+        assert torch.equal(found[1][row].logprobs, told.logprobs)
+
+
+def test_a_stop_does_not_wait_for_the_last_opinion(base: Path, tmp_path: Path) -> None:
+    learner, told = trainings.learner(base, tmp_path, batch_size=1), list[Progress]()
+    learner.tell, learner.should_stop = told.append, lambda: len(told) == 2
+    rows = trainings.experience(learner, lesson("a", 6)).new
+    with pytest.raises(Interrupted):
+        distill.opinions(learner, rows, hide_answers=True)
+    assert [(progress.stage, progress.step) for progress in told] == [("opinions", 1), ("opinions", 2)]
+
+
 def test_a_row_finds_its_own_columns_in_a_padded_batch() -> None:
     row = Example(row_hash="r", task="t", prompt_ids=(1, 2), answer_ids=(3, 4))
     assert distill.own(torch.tensor([[0.0], [1.0], [2.0]]), row).tolist() == [[1.0], [2.0]]
@@ -175,3 +207,20 @@ def test_the_champion_is_asked_about_every_row_that_an_epoch_will_bring(base: Pa
     learner.train(LanguageExperience(new=new, memory=old), eval_streams=[])
     assert len(learner.rehearsed) == 4
     assert lwf.opinions.keys() == {row.row_hash for row in new} | learner.rehearsed
+
+
+def test_the_champion_hears_whole_questions_also_of_rows_that_are_rehearsed_in_part(
+    base: Path, tmp_path: Path
+) -> None:
+    """At a rate of zero the model that has learned still is the champion."""
+    spec = replace(LWF, methods=("replay", "lwf"), replay_ratio=2.0, replay_dropout=0.5)
+    replay, lwf = Replay(spec, seed=0), Lwf(spec, seed=0)
+    learner = trainings.learner(base, tmp_path, [replay, lwf], epochs=1, learning_rate=0.0)
+    new = trainings.experience(learner, lesson("a", 4)).new
+    old = [replace(row, replayed=True) for row in trainings.experience(learner, lesson("b", 8)).new]
+    replay.memory = replay.memory.with_rows(seen(row) for row in old)
+    lwf.continues = True
+    learner.train(LanguageExperience(new=new, memory=old), eval_streams=[])
+    assert learner.rehearsed == {row.row_hash for row in old}
+    for row, told in distill.opinions(learner, old, hide_answers=True).items():
+        torch.testing.assert_close(lwf.opinions[row].logprobs, told.logprobs)

@@ -192,6 +192,21 @@ def test_batched_answers_are_those_of_one_row_at_a_time(folder: Path) -> None:
     assert answer(base.model, base, [], FREE, batch_size=4, max_new_tokens=8) == []
 
 
+def test_a_suite_asks_its_own_rows_each_with_its_context(folder: Path, tmp_path: Path) -> None:
+    """Validation rows of all tasks share a file."""
+    free, colour = tiny_rows("free", 5), tiny_rows("colour", 4, COLOUR.labels)
+    write_rows(tmp_path / "validation.parquet", [*colour, *free])
+    shared = tuple(SuiteJob(task=task, path=str(tmp_path / "validation.parquet")) for task in (FREE, COLOUR))
+    lines = run(job(folder, shared, tmp_path / "out", {"base": None}))
+    by = {
+        task.name: {line["row_hash"]: line["prediction"] for line in lines if line["task"] == task.name}
+        for task in (FREE, COLOUR)
+    }
+    assert by["colour"].keys() == {row.hash for row in colour}
+    base = load_base(tiny_model_spec(folder))
+    assert by["free"] == {row.hash: said_alone(base, row.question, row.context, tokens=6) for row in free}
+
+
 def recite(base: Base, text: str, *, then: int | None) -> None:
     """Makes the model answer with `text`, and with the token `then` after it (or the text again)."""
     start = base.prompter.pieces.between[-1]

@@ -209,6 +209,13 @@ def test_a_penalty_survives_its_file_to_the_last_bit(tmp_path: Path) -> None:
     assert restored.constant == total.constant
 
 
+def test_a_penalty_is_the_same_on_another_device() -> None:
+    total = merged(quadratics(7))
+    theta = {"w": torch.randn(4, 5, generator=torch.Generator().manual_seed(3))}
+    assert total.constant > 0
+    assert total.to(torch.device("cpu")).at(theta).item() == total.at(theta).item()
+
+
 def test_a_faded_penalty_is_so_much_of_what_it_was() -> None:
     total = merged(quadratics(7))
     theta = {"w": torch.randn(4, 5, generator=torch.Generator().manual_seed(3))}

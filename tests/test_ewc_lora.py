@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from storage.errors import IntegrityError, NonFiniteLoss
+from storage.errors import IntegrityError, ModelError, NonFiniteLoss
 from strategies import ewc_lora
 from strategies.batches import Example
 from strategies.contract import StrategySpec
-from strategies.ewc import Ewc
+from strategies.ewc import Ewc, choose
 from strategies.ewc_lora import EwcLora, Sums, fisher_sums, weighed_square
 from strategies.loop import Learner
 from strategies.model import LoraLayer, lora_layers, trainable
@@ -169,6 +169,15 @@ def test_what_a_text_does_not_go_through_has_no_fisher_sums(tmp_path: Path) -> N
     assert {name for name, (rows, _) in found.items() if not rows.any()} == sees
 
 
+def test_a_layer_that_sees_tokens_without_their_rows_is_refused(learner: Learner) -> None:
+    """As in a mixture of experts: tokens of all rows would be taken for those of one."""
+    expert = learner.model.get_submodule("base_model.model.model.layers.0.mlp")
+    whole = expert.forward
+    expert.forward = lambda x: whole(x.flatten(0, 1)).view_as(x)
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp.* take it out of strategy\.methods"):
+        fisher_sums(learner, rows_of(learner))
+
+
 def test_fisher_sums_that_are_not_finite_are_refused(learner: Learner) -> None:
     next(iter(parts(learner).values())).b.data.fill_(torch.nan)
     with pytest.raises(NonFiniteLoss, match="Fisher"):
@@ -233,6 +242,17 @@ def test_half_of_lambda_is_the_price_of_losing_all_that_an_experience_taught(lea
     for layer in parts(learner).values():
         layer.b.data.zero_()
     assert charge(method, learner).item() == pytest.approx(10.0 / 2, rel=1e-4)
+
+
+def test_the_seed_of_the_training_chooses_the_rows_that_are_measured(learner: Learner) -> None:
+    method = EwcLora(EWC_LORA, seed=1)
+    ended(learner, method, count=12)
+    assert method.sums is not None
+    for seed in (0, 1):
+        rows = choose(rows_of(learner, 12), EWC_LORA.fisher_rows, seed)
+        measured = ewc_lora._relative(fisher_sums(learner, rows), parts(learner))
+        same = [torch.equal(pair[0], measured[name][0]) for name, pair in method.sums.items()]
+        assert all(same) == any(same) == (seed == 1)
 
 
 def test_importances_of_experiences_add_up(learner: Learner) -> None:

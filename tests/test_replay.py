@@ -199,6 +199,17 @@ def test_a_uniform_draw_takes_every_row_before_one_comes_again() -> None:
     assert Counter(row for epoch in epochs for row in epoch) == Counter(memory.hashes)
 
 
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_other_epochs_and_other_experiences_rehearse_other_rows(policy: str) -> None:
+    """A draw that began anew each time would never come to the rest. One row is the hardest every time."""
+    memory = respaced(remember(rows("a", 20), rows("b", 20), size=40, policy=policy), ())
+    memory = memory.measured(dict.fromkeys(memory.hashes, 1.0)).measured({"a0007": 1.5})
+    draw = POLICIES[policy].draw
+    epochs = [draw(memory, 10, "0/40", epoch) for epoch in range(4)]
+    assert len({row for epoch in epochs for row in epoch}) >= 36
+    assert set(draw(memory, 10, "0/80", 0)) != set(epochs[0])
+
+
 def test_when_there_is_no_room_for_every_answer_the_seed_decides() -> None:
     unique = [Seen(hash=f"r{n}", task="a", answer=f"answer {n}") for n in range(60)]
     kept = [set(remember(unique, size=20, seed=seed).hashes) for seed in (0, 0, 1)]
@@ -231,6 +242,20 @@ def test_policies_that_ask_what_was_forgotten_measure_it(base: Path, tmp_path: P
         assert trace.latest not in (None, trace.learned)
     assert all(trace.learned == trace.latest for trace in second.tasks["b"].values())
     assert set(second.spacing) == {"a", "b"}
+
+
+@pytest.mark.parametrize("method", ["replay", "agem"])
+def test_a_task_that_a_training_rehearsed_and_retained_rests(base: Path, tmp_path: Path, method: str) -> None:
+    """At a rate of zero nothing is forgotten."""
+    spec = replace(REPLAY, methods=(method,), replay_policy="spaced")
+    once, still = replace(SPEC, epochs=1), replace(SPEC, epochs=1, learning_rate=0.0)
+    old, new = lesson("a", 8), lesson("b", 8)
+    run(job(base, snapshot(tmp_path / "1", old), tmp_path / "one", strategy=spec, train=once))
+    data = snapshot(tmp_path / "2", new, memory=old)
+    run(job(base, data, tmp_path / "two", tmp_path / "one", strategy=spec, train=still))
+    memory = replay_memory.load(result_files(tmp_path / "two")["state"])
+    assert memory is not None
+    assert memory.spacing == {"a": Spacing(interval=2, wait=2), "b": Spacing()}
 
 
 def test_what_was_forgotten_is_measured_by_the_token(base: Path, tmp_path: Path) -> None:
@@ -327,6 +352,15 @@ def test_a_memory_of_before_is_read_as_one_that_nobody_ranked(tmp_path: Path) ->
     text = f'{{"format": 3, "seed": 0, "seen": 1, "tasks": {{"a": {{"h": {trace}}}}}, "spacing": {{}}}}'
     (tmp_path / FILE).write_text(text)
     assert replay_memory.load(tmp_path) == Memory(seed=0, seen=1, tasks={"a": {"h": Trace(answer="x")}})
+
+
+def test_a_memory_of_before_that_herding_kept_keeps_its_ranks(tmp_path: Path) -> None:
+    traces = ", ".join(f'"h{n}": {{"answer": "x", "is_shared": true, "rank": {n}}}' for n in range(3))
+    text = f'{{"format": 3, "seed": 0, "seen": 3, "tasks": {{"a": {{{traces}}}}}, "spacing": {{}}}}'
+    (tmp_path / FILE).write_text(text)
+    memory = replay_memory.load(tmp_path)
+    assert memory is not None
+    assert [memory.trace(row).rank for row in memory.hashes] == [0, 1, 2]
 
 
 LATER = '{"format": 5, "seed": 0, "seen": 0, "tasks": {}, "spacing": {}}'

@@ -101,6 +101,19 @@ def test_the_way_counts_as_far_as_the_epoch_that_is_kept() -> None:
     assert two.midway().keys() == {"path/theta", "best/theta"}
 
 
+def test_a_resumed_training_knows_both_ways_to_now_and_to_the_best_epoch() -> None:
+    strategy = teacher(Point(1.0, 2.0))
+    stopped, resumed = Si(SI, seed=0), Si(SI, seed=0)
+    for method in (stopped, resumed):
+        method.before_training_exp(strategy)
+    stopped.path = {"theta": torch.tensor([1.0, 2.0])}
+    stopped.mark_best()
+    stopped.path["theta"] += 5.0
+    resumed.resume(stopped.midway())
+    assert resumed.path["theta"].tolist() == [6.0, 7.0]
+    assert resumed.best["theta"].tolist() == [1.0, 2.0]
+
+
 def test_importances_of_experiences_add_up_each_around_its_own_end() -> None:
     """Ω of the second: half of ½·4x² from x = 1 in one step of ¼·(4 + 10·H(1 − ½)), and so on by hand."""
     method, model = Si(SI, seed=0), Point(2.0)
