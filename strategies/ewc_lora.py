@@ -22,7 +22,7 @@ from storage.errors import UNREADABLE, IntegrityError, ModelError
 from strategies.batches import Example, collate, nll
 from strategies.ewc import check_finite, choose
 from strategies.method import Method, in_batches
-from strategies.model import LoraLayer, lora_layers
+from strategies.model import LoraLayer, check_linear, lora_layers
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # layer → row sums [out], column sums [in]
 
@@ -43,6 +43,7 @@ class EwcLora(Method):
             save(self.sums, state / self.file)
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
+        check_linear(strategy.model, "ewc-lora")
         layers = lora_layers(strategy.model)
         self.anchor = {
             name: (layer.a.detach().clone(), layer.b.detach().clone()) for name, layer in layers.items()

@@ -200,16 +200,22 @@ def grown_adapter(base: Base, folder: Path, lora: LoraSpec, seed: int) -> PeftMo
     targets = ",".join(sorted(config.target_modules))
     shape = replace(lora, rank=rank, alpha=round(alpha), targets=targets, init="zero")
     grown = fresh_adapter(base, shape, seed)
+    check_linear(grown, "olora")
     with torch.no_grad():
         for name, tensor in _factors(grown).items():
-            if ".lora_embedding_" in name:
-                raise ModelError(
-                    f"olora needs adapters on linear layers alone, and this one has {name}; take olora out "
-                    "of strategy.methods, or start a new bot with other lora.targets"
-                )
             part = tensor[: config.r] if ".lora_A." in name else tensor[:, : config.r]
             part.copy_(weights[name])
     return grown
+
+
+def check_linear(model: PeftModel, method: str) -> None:
+    """Raises `ModelError` for an adapter that also sits on embeddings, which the method would not see."""
+    for name in _factors(model):
+        if ".lora_embedding_" in name:
+            raise ModelError(
+                f"{method} needs adapters on linear layers alone, and this one has {name}; take {method} "
+                "out of strategy.methods, or start a new bot with other lora.targets"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

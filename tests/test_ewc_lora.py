@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from storage.errors import IntegrityError, ModelError, NonFiniteLoss
 from strategies import ewc_lora
 from strategies.batches import Example
-from strategies.contract import StrategySpec
+from strategies.contract import LoraSpec, StrategySpec
 from strategies.ewc import Ewc, choose
 from strategies.ewc_lora import EwcLora, Sums, fisher_sums, weighed_square
 from strategies.loop import Learner
@@ -327,6 +327,16 @@ def test_a_state_of_other_layers_is_an_integrity_error(learner: Learner, change:
     method.sums = sums
     with pytest.raises(IntegrityError, match=r"other layers; roll back .* or take ewc-lora out"):
         method.before_training_exp(learner)
+
+
+def test_an_adapter_on_embeddings_is_refused(base: Path, tmp_path: Path) -> None:
+    """It would learn, and nothing would hold it."""
+    lora = LoraSpec(rank=2, alpha=4, targets="embed_tokens,q_proj")
+    first = job(
+        base, snapshot(tmp_path / "1", lesson("a", 4)), tmp_path / "one", lora=lora, strategy=EWC_LORA
+    )
+    with pytest.raises(ModelError, match="ewc-lora needs adapters on linear layers alone"):
+        run(first)
 
 
 def test_a_second_cycle_is_held_back_in_its_products(base: Path, tmp_path: Path) -> None:
