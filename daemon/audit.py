@@ -135,7 +135,7 @@ def each_base_is_what_it_was(evidence: Evidence) -> Iterator[Wrong]:
 
 
 def _fingerprint(base: str, folder: Path) -> str:
-    """ "" for one that can no longer be read."""
+    """Empty for one that can no longer be read."""
     try:
         return fingerprint(Path(base), folder / "tokenizer" / "tokenizer.json")
     except UNREADABLE:
