@@ -14,7 +14,7 @@ from typing import Protocol
 
 from daemon import operations
 from daemon.executor import Stop
-from storage.errors import ControlError, HoldfastError, Interrupted, StoreError
+from storage.errors import ControlError, HoldfastError, Interrupted
 from storage.records import Cycle, State
 from storage.store import Store
 from strategies.contract import Progress
@@ -235,7 +235,7 @@ class Flight:
                 if self._stop.is_set() or not operations.paused(self.store):
                     return True
                 self._rest()
-            except StoreError as error:
+            except HoldfastError as error:
                 self._rest_from(error)
             return False
 
@@ -255,7 +255,7 @@ class Flight:
             cycle = self.store.cycle(cycle_id)
             if cycle is not None and not cycle.state.ended:
                 self.store.advance(cycle_id, State.FAILED, reason=reason)
-        except StoreError as error:  # it is met again, and given up then
+        except HoldfastError as error:  # it is met again, and given up then
             with self._turn:
                 self._rest_from(error)
 

@@ -420,17 +420,28 @@ def test_a_store_that_cannot_be_used_for_a_while_does_not_end_the_thread(
     made.store.close()
 
 
+@pytest.mark.parametrize("when", ["idle", "giving up"])
 def test_a_damaged_record_does_not_end_the_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, when: str
 ) -> None:
     monkeypatch.setattr("daemon.flight.STORE_SECONDS", 0.01)
     made, read = Scene(tmp_path / "store.duckdb"), threading.Semaphore(0)
-    unfinished = made.store.unfinished
-    monkeypatch.setattr(made.store, "unfinished", lambda: read.release() or unfinished())
+    reads = {name: getattr(made.store, name) for name in ("unfinished", "cycle")}
+    if when == "giving up":
+        made.runner.errors = [ValueError("a bug")]
+        made.runner.may_fail.clear()
     made.runner.let_through.set()
     cycle, _ = made.flight.request("manual", "ann")
+    if when == "giving up":
+        made.flight.start()
+        made.entered()
     made.store._db.script("UPDATE cycles SET state = 'requestedx'")
-    made.flight.start()
+    for name, its in reads.items():
+        monkeypatch.setattr(made.store, name, lambda *key, its=its: read.release() or its(*key))
+    if when == "giving up":
+        made.runner.may_fail.set()
+    else:
+        made.flight.start()
     for _ in range(3):
         assert read.acquire(timeout=PATIENCE)
         made.flight.wake()
