@@ -24,6 +24,8 @@ from strategies.distill import Opinion
 from strategies.method import Method
 from strategies.replay import Rehearsal
 
+FORMAT = 1  # of the file; one without a number is of the first
+
 
 class Der(Method):
     """State: an opinion for each remembered row. Works with `replay`, whose memory it follows."""
@@ -69,14 +71,18 @@ def save(opinions: dict[str, Opinion], path: Path) -> None:
     }
     told = [[row, len(opinions[row].ids)] for row in rows]  # hash, answer tokens
     # Under one key: safetensors writes several in another order every time.
-    save_file(tensors, path, metadata={"rows": json.dumps(told)})
+    save_file(tensors, path, metadata={"state": json.dumps({"format": FORMAT, "rows": told})})
 
 
 def load(path: Path) -> dict[str, Opinion]:
-    """Raises `IntegrityError` when the file is damaged."""
+    """Raises `IntegrityError` when the file is damaged, or of a format that is not known."""
     try:
         with safe_open(path, "pt") as file:
-            told = json.loads(file.metadata()["rows"])
+            about = file.metadata()
+            state = json.loads(about.get("state") or f'{{"format": 1, "rows": {about["rows"]}}}')
+            if state["format"] != FORMAT:
+                raise ValueError(f"format {state['format']}, known is {FORMAT}")
+            told = state["rows"]
             ids, logprobs = file.get_tensor("ids"), file.get_tensor("logprobs")
         lengths = [length for _, length in told]
         if sum(lengths) != len(ids) or ids.shape != logprobs.shape:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from storage.errors import UNREADABLE, IntegrityError, ModelError
@@ -23,6 +23,8 @@ from strategies.batches import Example, collate, nll
 from strategies.ewc import check_finite, choose
 from strategies.method import Method, in_batches
 from strategies.model import LoraLayer, check_linear, lora_layers
+
+FORMAT = "1"  # of the file; one without a number is of the first
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # layer → row sums [out], column sums [in]
 
@@ -155,13 +157,16 @@ def _check_fit(sums: Sums, layers: Mapping[str, LoraLayer]) -> None:
 def save(sums: Sums, path: Path) -> None:
     tensors = {f"rows/{name}": r.cpu().contiguous() for name, (r, _) in sums.items()}
     tensors |= {f"columns/{name}": c.cpu().contiguous() for name, (_, c) in sums.items()}
-    save_file(tensors, path)
+    save_file(tensors, path, metadata={"format": FORMAT})
 
 
 def load(path: Path) -> Sums:
-    """Raises `IntegrityError` when the file is damaged."""
+    """Raises `IntegrityError` when the file is damaged, or of a format that is not known."""
     try:
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            if (found := (file.metadata() or {}).get("format", FORMAT)) != FORMAT:
+                raise ValueError(f"format {found}, known is {FORMAT}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
         names = [name.removeprefix("rows/") for name in tensors if name.startswith("rows/")]
         return {name: (tensors[f"rows/{name}"], tensors[f"columns/{name}"]) for name in names}
     except (*UNREADABLE, SafetensorError) as error:

@@ -1,5 +1,6 @@
 """Dark experience replay: whose opinions are kept, that they survive a process, and that they hold."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +56,23 @@ def test_damaged_opinions_are_an_integrity_error(tmp_path: Path, damage: str) ->
     assert damaged != data
     path.write_bytes(damaged)
     with pytest.raises(IntegrityError, match="daemon doctor"):
+        der.load(path)
+
+
+def test_opinions_of_another_format_are_refused_and_those_without_a_number_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opinions = tmp_path / "der.safetensors", told(3, 1)
+    lengths = [[row, len(each.ids)] for row, each in sorted(opinions.items())]
+    tensors = {
+        name: torch.cat([getattr(opinions[row], name) for row, _ in lengths]) for name in ("ids", "logprobs")
+    }
+    der.save_file(tensors, path, metadata={"rows": json.dumps(lengths)})
+    assert same(der.load(path), opinions)
+    with monkeypatch.context() as later:
+        later.setattr(der, "FORMAT", 9)
+        der.save(opinions, path)
+    with pytest.raises(IntegrityError, match="format 9, known is 1"):
         der.load(path)
 
 

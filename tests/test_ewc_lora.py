@@ -303,6 +303,24 @@ def test_a_damaged_state_is_an_integrity_error(learner: Learner, tmp_path: Path)
         EwcLora(EWC_LORA, seed=0).load(tmp_path)
 
 
+def test_a_state_of_another_format_is_refused_and_one_without_a_number_read(
+    learner: Learner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sums = tmp_path / EwcLora.file, some_sums(learner)
+    parts = {
+        f"{kind}/{name}": t
+        for name, pair in sums.items()
+        for kind, t in zip(("rows", "columns"), pair, strict=True)
+    }
+    ewc_lora.save_file(parts, path)
+    assert ewc_lora.load(path).keys() == sums.keys()
+    with monkeypatch.context() as later:
+        later.setattr(ewc_lora, "FORMAT", "9")
+        ewc_lora.save(sums, path)
+    with pytest.raises(IntegrityError, match="format 9, known is 1"):
+        EwcLora(EWC_LORA, seed=0).load(tmp_path)
+
+
 def test_a_state_that_lacks_a_part_is_an_integrity_error(learner: Learner, tmp_path: Path) -> None:
     path = tmp_path / EwcLora.file
     name, (rows, _) = next(iter(some_sums(learner).items()))
