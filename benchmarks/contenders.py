@@ -194,6 +194,11 @@ _ALL = (
     ),
     Contender(name="ewc", about="EWC on the LoRA factors", strategy={"methods": ("ewc",)}),
     Contender(
+        name="ewc-online",
+        about="EWC on the factors, where each experience's importances fade to 0.9 with every later one",
+        strategy={"methods": ("ewc",), "ewc_mode": "online"},
+    ),
+    Contender(
         name="ewc-lora", about="EWC on their product, in weight space", strategy={"methods": ("ewc-lora",)}
     ),
     Contender(name="si", about="synaptic intelligence", strategy={"methods": ("si",)}),

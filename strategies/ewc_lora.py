@@ -166,7 +166,7 @@ def load(path: Path) -> Sums:
         with safe_open(path, "pt") as file:
             if (found := (file.metadata() or {}).get("format", FORMAT)) != FORMAT:
                 raise ValueError(f"format {found}, known is {FORMAT}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         names = [name.removeprefix("rows/") for name in tensors if name.startswith("rows/")]
         return {name: (tensors[f"rows/{name}"], tensors[f"columns/{name}"]) for name in names}
     except (*UNREADABLE, SafetensorError) as error:

