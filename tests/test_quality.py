@@ -17,7 +17,7 @@ from benchmarks.quality.plan import Choice, Places, Plan
 from benchmarks.quality.records import RunRecord
 from benchmarks.quality.run import run
 from benchmarks.quality.streams import Stream
-from benchmarks.quality.summary import MixedRecords, boards, growth
+from benchmarks.quality.summary import MixedRecords, Stat, boards, growth
 from benchmarks.sampling import balanced
 from daemon import config
 from daemon.experience import lora_spec, strategy_spec, train_spec
@@ -332,7 +332,7 @@ def test_a_page_is_made_from_records_alone(tmp_path: Path) -> None:
     assert set(pictures) == {
         f"quality-small-toy-given-seed{seeds}-{kind}.svg"
         for seeds in ("0", "01")
-        for kind in ("curve", "time")
+        for kind in ("curve", "tried", "time")
     }
     pages.update(page, "small", tmp_path / "records")
     assert page.read_text() == text
@@ -352,7 +352,11 @@ def test_a_part_of_the_target_that_was_not_measured_is_not_called_missed() -> No
     untimed = replace(told("lwf", 1.0, 100), date="2026-01-02")
     (board,) = boards([told("naive", 0.0, 100), told("joint", 1.0, 90), untimed, told("si", 1.0, 190)])
     said = "\n".join(conclusions.lines(board))
-    assert "met by none; all but one part: `lwf` (fast not measured), `si` (fast missed)." in said
+    assert (
+        "met by none. The best with such a memory: `lwf` is 0.0 points below joint, forgets 0.0, was not"
+        in said
+    )
+    assert "; `si` is 0.0 points below joint, forgets 0.0, takes 1.90 x naive's time." in said
 
 
 def test_everybody_is_held_to_the_newest_answer() -> None:
@@ -375,6 +379,39 @@ def test_what_a_method_keeps_in_memory_is_set_beside_naive(tmp_path: Path) -> No
         records.save(record, tmp_path / "records")
     pages.update(tmp_path / "page.md", "small", tmp_path / "records")
     assert "| 1.00 | 3.00 | 0 |" in (tmp_path / "page.md").read_text()
+
+
+def test_memory_is_compared_in_the_same_arithmetic_only() -> None:
+    naive, ewc = told("naive", 0.5, 100), told("ewc", 0.5, 100)
+    slow = replace(ewc, hardware="2 cores in float32")
+    for other, found in ((ewc, 1.0), (replace(ewc, hardware="2 cores in bfloat16"), 1.0), (slow, None)):
+        (board,) = boards([naive, other])
+        entry = board.entry("ewc")
+        assert entry is not None
+        assert (entry.peak_memory and entry.peak_memory.mean) == found
+
+
+def test_the_verdict_on_the_target_has_a_line_for_every_board_that_can_be_judged() -> None:
+    def clinc(record: RunRecord) -> RunRecord:
+        return replace(record, plan=replace(record.plan, stream="clinc"))
+
+    (full,) = boards(
+        [clinc(told("naive", 0.0, 100)), clinc(told("joint", 1.0, 90)), clinc(told("lwf", 1.0, 100))]
+    )
+    (ten,) = boards([clinc(told("joint", 1.0, 90)), clinc(told("lwf", 0.9, 100))])
+    (alone,) = boards([clinc(told("lwf", 0.9, 100))])
+    head, _, *lines = pages.verdict([("ten", ten), ("ten", alone), ("full", full)]).splitlines()
+    assert head.startswith("The target (within 2 points of joint, forgetting at most 2, at most 1.5 x")
+    assert lines == [
+        "- Size `ten`, order given, seed 0: met by none. The best with such a memory: `lwf` is 5.0 points "
+        "below joint, forgets 10.0, was not timed beside naive.",
+        "- Size `full`, order given, seed 0: met by `lwf`.",
+    ]
+
+
+def test_nothing_is_told_as_minus_zero() -> None:
+    assert Stat(mean=-0.0004).told(100) == "0.0"
+    assert Stat(mean=-0.0006).told(100) == "-0.1"
 
 
 def test_a_cost_that_grows_is_named_with_whose_it_is() -> None:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from benchmarks.quality.conclusions import FORGETS, NEAR_JOINT
 from benchmarks.quality.summary import JOINT, NAIVE, Board, Entry, costs
 
 _LINES = 7  # curves that one picture can carry
@@ -49,6 +50,26 @@ def time_against_accuracy(board: Board) -> Figure:
     left_out = f"\nnot timed beside naive: {', '.join(untimed)}" if untimed else ""
     axes.set_title(f"{board.stream}, order {board.order}{left_out}", wrap=True)
     axes.margins(0.15)
+    return figure
+
+
+def forgetting_against_accuracy(board: Board) -> Figure:
+    """Everybody: what was forgotten and what is left, and the corner that is asked for."""
+    figure, (axes,) = _figure(1)
+    for entry in board.measured:
+        if entry.name != JOINT and (forgets := entry.metric("forgetting")) is not None:
+            place = 100 * forgets.mean, 100 * entry.accuracy
+            axes.plot(*place, marker="o", linestyle="")
+            axes.annotate(entry.name, place, fontsize=6, textcoords="offset points", xytext=(4, 2))
+    if (joint := board.entry(JOINT)) is not None:
+        axes.axhline(100 * joint.accuracy, color="0.4", linestyle="--", label=JOINT)
+        axes.fill_between(
+            [0, 100 * FORGETS], 100 * (joint.accuracy - NEAR_JOINT), 100, alpha=0.15, label="asked for"
+        )
+        axes.legend(fontsize=8)
+    axes.set(xlabel="forgetting (points)", ylabel="average accuracy at the end (points)")
+    axes.set_title(f"{board.stream}, order {board.order}: what was tried")
+    axes.margins(0.12)
     return figure
 
 

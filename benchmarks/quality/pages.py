@@ -18,6 +18,7 @@ METRICS = (  # the columns
     "learning_accuracy",
     "forward_transfer",
 )
+TARGET_SIZES = ("ten", "full")  # all ten domains
 GROWTH = "long"  # the stream that measures costs, not quality
 
 ABOUT = {
@@ -44,6 +45,19 @@ def update(page: Path, size: str, folder: Path = records.FOLDER) -> None:
     for name, data in pictures.items():
         write_file(page.parent / "pictures" / name, data)
     tables.update_page(page, f"quality-{size}", section(size, found))
+    if size in TARGET_SIZES:
+        told = [(size, board) for size in TARGET_SIZES for board in boards(records.all_of(size, folder))]
+        tables.update_page(page, "quality-target", verdict(told))
+
+
+def verdict(found: Sequence[tuple[str, Board]]) -> str:
+    """What became of the target on the stream and the sizes that it is asked on."""
+    lines = [
+        f"- Size `{size}`, order {board.order}, seed {', '.join(map(str, board.seeds))}: {told}"
+        for size, board in found
+        if board.stream == "clinc" and (told := conclusions.standing(board))
+    ]
+    return "\n".join([f"{conclusions.TARGET}, on all ten domains:", "", *lines]) + "\n"
 
 
 def section(size: str, found: Sequence[Board]) -> str:
@@ -155,7 +169,10 @@ def _pictures(size: str, board: Board) -> Mapping[str, bytes]:
     stem = _stem(size, board)
     if board.stream == GROWTH:
         return {f"{stem}-costs.svg": charts.svg(charts.flatness(board.measured))}
-    found = {f"{stem}-curve.svg": charts.svg(charts.curves(board))}
+    found = {
+        f"{stem}-curve.svg": charts.svg(charts.curves(board)),
+        f"{stem}-tried.svg": charts.svg(charts.forgetting_against_accuracy(board)),
+    }
     if _is_timed(board):
         found[f"{stem}-time.svg"] = charts.svg(charts.time_against_accuracy(board))
     return found
@@ -168,6 +185,7 @@ def _shown(size: str, board: Board) -> list[str]:
     if board.stream == GROWTH:
         return ["", f"![costs over the experiences]({stem}-costs.svg)"]
     shown = ["", f"![average accuracy so far]({stem}-curve.svg)"]
+    shown += ["", f"![forgetting and accuracy]({stem}-tried.svg)"]
     return [*shown, "", f"![time and accuracy]({stem}-time.svg)"] if _is_timed(board) else shown
 
 

@@ -65,6 +65,11 @@ class RunRecord(Record):
         return self.cpu_seconds if clock == self.timed_by else self.timed_again.get(clock)
 
     @property
+    def arithmetic(self) -> str:
+        """Where the hardware is named without it, that was bfloat16."""
+        return "float32" if self.hardware.endswith("in float32") else "bfloat16"
+
+    @property
     def memory_share(self) -> float:
         """Remembered rows at the end, of all training rows seen."""
         seen = sum(lesson.rows for lesson in self.lessons)

@@ -23,7 +23,7 @@ class Stat:
     count: int = 1
 
     def told(self, scale: float = 1.0, digits: int = 1) -> str:
-        text = f"{self.mean * scale:.{digits}f}"
+        text = f"{round(self.mean * scale, digits) + 0.0:.{digits}f}"  # no -0.0
         return f"{text} ± {self.deviation * scale:.{digits}f}" if self.deviation else text
 
 
@@ -60,11 +60,12 @@ class Entry:
 
     @property
     def peak_memory(self) -> Stat | None:
-        """Of the process, exams included, times naive's of the same seed."""
+        """Of the process, exams included, times naive's of the same seed in the same arithmetic."""
 
         def ratio(run: RunRecord) -> float | None:
             naive = self.naive.get(run.plan.seed)
-            return run.peak_rss / naive.peak_rss if naive is not None else None
+            alike = naive is not None and naive.arithmetic == run.arithmetic
+            return run.peak_rss / naive.peak_rss if naive is not None and alike else None
 
         return self._stat(ratio)
 
