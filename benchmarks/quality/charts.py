@@ -15,6 +15,7 @@ from benchmarks.quality.conclusions import FORGETS, NEAR_JOINT
 from benchmarks.quality.summary import JOINT, NAIVE, Board, Entry, costs
 
 _LINES = 7  # curves that one picture can carry
+_CLOSE = 10.0  # points of accuracy below the best: shown larger
 
 
 def curves(board: Board) -> Figure:
@@ -54,22 +55,33 @@ def time_against_accuracy(board: Board) -> Figure:
 
 
 def forgetting_against_accuracy(board: Board) -> Figure:
-    """Everybody: what was forgotten and what is left, and the corner that is asked for."""
-    figure, (axes,) = _figure(1)
-    for entry in board.measured:
-        if entry.name != JOINT and (forgets := entry.metric("forgetting")) is not None:
-            place = 100 * forgets.mean, 100 * entry.accuracy
-            axes.plot(*place, marker="o", linestyle="")
-            axes.annotate(entry.name, place, fontsize=6, textcoords="offset points", xytext=(4, 2))
-    if (joint := board.entry(JOINT)) is not None:
-        axes.axhline(100 * joint.accuracy, color="0.4", linestyle="--", label=JOINT)
-        axes.fill_between(
-            [0, 100 * FORGETS], 100 * (joint.accuracy - NEAR_JOINT), 100, alpha=0.15, label="asked for"
+    """Everybody: what was forgotten and what is left, and the corner that is asked for. Where many crowd
+    around it, they have a second panel."""
+    joint = board.entry(JOINT)
+    points = {
+        entry.name: (100 * forgets.mean, 100 * entry.accuracy)
+        for entry in board.measured
+        if entry.name != JOINT and (forgets := entry.metric("forgetting")) is not None
+    }
+    best = max((accuracy for _, accuracy in points.values()), default=0.0)
+    close = {name: place for name, place in points.items() if best - place[1] <= _CLOSE}
+    crowded = len(points) > _LINES and len(close) > 1
+    figure, panels = _figure(1 + crowded)
+    for axes, shown in zip(panels, [points, close] if crowded else [points], strict=True):
+        for name, place in shown.items():
+            axes.plot(*place, marker="o", markersize=4, linestyle="")
+            if not crowded or shown is close or name not in close:
+                axes.annotate(name, place, fontsize=6, rotation=25, textcoords="offset points", xytext=(4, 2))
+        if joint is not None:
+            level, corner = 100 * joint.accuracy, [0, 100 * FORGETS]
+            axes.axhline(level, color="0.4", linestyle="--", label=JOINT)
+            axes.fill_between(corner, level - 100 * NEAR_JOINT, 100, alpha=0.15, label="asked for")
+            axes.legend(fontsize=8, loc="lower left")
+        axes.set(xlabel="forgetting (points)", ylabel="average accuracy at the end (points)")
+        axes.set_title(
+            f"{board.stream}, order {board.order}: {'the best' if shown is close else 'what was tried'}"
         )
-        axes.legend(fontsize=8)
-    axes.set(xlabel="forgetting (points)", ylabel="average accuracy at the end (points)")
-    axes.set_title(f"{board.stream}, order {board.order}: what was tried")
-    axes.margins(0.12)
+        axes.margins(0.2)
     return figure
 
 
@@ -96,7 +108,10 @@ def svg(figure: Figure) -> bytes:
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     rows = (panels + 1) // 2
-    figure = Figure(figsize=(7, 4.2) if panels == 1 else (9, 2.7 * rows), layout="constrained")
+    figure = Figure(
+        figsize=(7, 4.2) if panels == 1 else (10, 4.2) if panels == 2 else (9, 2.7 * rows),
+        layout="constrained",
+    )
     FigureCanvasSVG(figure)
     columns = 1 if panels == 1 else 2
     places = [figure.add_subplot(rows, columns, n + 1) for n in range(panels)]
