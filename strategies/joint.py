@@ -1,7 +1,10 @@
 """Everything again, from the base: the upper bound that every method is measured against.
 
-Cumulative training, called joint or multi-task training in the literature. It forgets nothing and costs
-the whole past in every cycle; for a small bot that can be the right choice.
+    min over θ, from the base:  Σ over experiences i ≤ t  Σ over rows (x, y) of i  −log p(y | x; θ)
+
+Cumulative training, called joint or multi-task training in the literature, and the usual upper bound
+(De Lange et al. 2021, arXiv 1909.08383). It forgets nothing and costs the whole past in every cycle; for a
+small bot that can be the right choice.
 """
 
 from typing import Any

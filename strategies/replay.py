@@ -1,5 +1,7 @@
 """Experience replay: every epoch rehearses remembered rows among the new ones.
 
+    loss = mean over the n new rows and ρn remembered ones of an epoch of  −log p(y | x; θ)
+
 Chaudhry et al. 2019, "On tiny episodic memories in continual learning" (arXiv 1902.10486), with memory
 rows in proportion to the new rows instead of one for one. Which rows: `strategies.replay_policies`.
 """
