@@ -332,6 +332,24 @@ def hardware() -> str:
     return f"{machine} in {'bfloat16' if uses_bfloat16('auto', device) else 'float32'}"
 
 
+def code() -> str:
+    """The commit that measures, with a `+` where files were edited; "" outside a checkout."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--dirty=+",
+        "--abbrev=12",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def _processor() -> str:
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())

@@ -1,6 +1,7 @@
 """The quality benchmark: what its streams promise, runs that are interrupted, records, and pages."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ from benchmarks.quality.run import run
 from benchmarks.quality.streams import Stream
 from benchmarks.quality.summary import MixedRecords, Stat, boards, growth
 from benchmarks.sampling import balanced
+from benchmarks.stream import code
 from daemon import config
 from daemon.experience import lora_spec, strategy_spec, train_spec
 from storage.errors import Interrupted
@@ -407,6 +409,12 @@ def test_the_verdict_on_the_target_has_a_line_for_every_board_that_can_be_judged
         "below joint, forgets 10.0, was not timed beside naive.",
         "- Size `full`, order given, seed 0: met by `lwf`.",
     ]
+
+
+def test_a_record_names_the_commit_that_measured_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch(r"([0-9a-f]{12}\+?)?", code())
+    monkeypatch.setenv("PATH", "")
+    assert code() == ""
 
 
 def test_nothing_is_told_as_minus_zero() -> None:

@@ -47,6 +47,7 @@ class RunRecord(Record):
     settings: dict[str, Any] = field(default_factory=dict)  # the specs in full
     hardware: str = ""
     date: str = ""
+    code: str = ""  # the commit that measured; "" in the first records, which did not say it
     clock: str = ""  # written in by hand where a day's machine, load or code changed, see `timed_by`
     timed_again: dict[str, float] = field(default_factory=dict)  # by hand: CPU seconds under other clocks
     failed: str = ""

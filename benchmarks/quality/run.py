@@ -26,7 +26,7 @@ from benchmarks.quality.changes import renamed_answers
 from benchmarks.quality.learning import Learns, ShouldStop, Trained, Work, asked, holdfast
 from benchmarks.quality.records import Lesson, RunRecord
 from benchmarks.quality.streams import Stream, free_task, labels_task, stored
-from benchmarks.stream import hardware
+from benchmarks.stream import code, hardware
 from storage import snapshots
 from storage.artifacts import write_file
 from storage.errors import Interrupted, TrainingError
@@ -96,6 +96,7 @@ def _record(work: Work, **results: Any) -> RunRecord:
         plan=work.plan,
         settings=json.loads(json.dumps(settings)),  # as it will be read back
         hardware=hardware(),
+        code=code(),
         date=date.today().isoformat(),
         **results,
     )
