@@ -88,17 +88,20 @@ def _useless(board: Board) -> str:
 
 def _spaces(board: Board) -> str:
     """EWC on the factors against EWC on their product."""
-    factors, product = board.entry("ewc"), board.entry("ewc-lora")
-    if factors is None or product is None:
+    kinds = [board.entry(name) for name in ("ewc", "ewc-online", "ewc-lora")]
+    if kinds[0] is None or kinds[-1] is None:
         return ""
-    better, worse = sorted((factors, product), key=lambda entry: -entry.accuracy)
+    best_first = sorted((entry for entry in kinds if entry is not None), key=lambda entry: -entry.accuracy)
     told = [
         f"`{entry.name}` {_points(entry.accuracy)}, forgetting {_points(forgets.mean)}, "
         f"state {entry.state_bytes / 1e6:.1f} MB"
-        for entry in (better, worse)
+        for entry in best_first
         if (forgets := entry.metric("forgetting"))
     ]
-    return f"EWC on the factors A and B (`ewc`) and on their product (`ewc-lora`): {'; '.join(told)}."
+    return (
+        "EWC on the factors A and B (`ewc`; fading, `ewc-online`) and on their product (`ewc-lora`): "
+        f"{'; '.join(told)}."
+    )
 
 
 def _noise(board: Board) -> str:
