@@ -465,6 +465,9 @@ def test_the_command_runs_what_is_asked_for_writes_the_page_and_goes_on_from_its
     assert "### toy, order given, seed 0 (size small)" in text
     assert command(*asked, *sizes, *places).returncode == 0
     assert (made(), page.read_text()) == (first, text)
+    shown = command(*asked, *sizes, *places[:4]).stdout
+    assert shown.count("| `") == 3, "without a page the table is shown"
+    assert "![" not in shown
     assert command(*asked, *sizes, *places, "--list").stdout.count("recorded") == 3
     refused = command("--size", "wide", "--streams", "clinc", *places)
     assert (refused.returncode, "pass --clinc DIR" in refused.stderr) == (1, True)

@@ -38,6 +38,9 @@ def _run(options: argparse.Namespace) -> int:
     if options.page:
         pages.update(options.page, options.size, options.records)
         print(f"{options.page} is up to date")
+    else:
+        print(f"\n{pages.text(options.size, options.records)}\n")
+        print("with pictures, in a page: the same command with --pages-only --page FILE")
     if failed:
         print(f"without a result: {', '.join(failed)}; the same command tries again", file=sys.stderr)
     return 1 if failed else 0

@@ -165,9 +165,10 @@ def _changed(board: Board) -> str:
 def flat(entry: Entry) -> list[str]:
     """For each cost of the first run: its name, how it began, how it ended, its slope."""
     return [
-        f"| `{entry.name}` | {name} | {found.first:.4g} | {found.last:.4g} | {found.relative:+.2%} |"
+        f"| `{entry.name}` | {name} | {found.first:.4g} | {found.last:.4g} | {slope:+.2%} |"
         for name, values in costs(entry.runs[0]).items()
         for found in [growth(values)]
+        for slope in [round(found.relative, 4) + 0.0]  # no -0.00 %
     ]
 
 

@@ -39,7 +39,7 @@ _EXTRAS = {
 
 def update(page: Path, size: str, folder: Path = records.FOLDER) -> None:
     """Rewrites the section `quality-<size>` of the page, and its pictures in `<page's folder>/pictures`."""
-    found = sorted(boards(records.all_of(size, folder)), key=_place)
+    found = _boards(size, folder)
     pictures = {name: data for board in found for name, data in _pictures(size, board).items()}
     (page.parent / "pictures").mkdir(parents=True, exist_ok=True)
     for name, data in pictures.items():
@@ -48,6 +48,16 @@ def update(page: Path, size: str, folder: Path = records.FOLDER) -> None:
     if size in TARGET_SIZES:
         told = [(size, board) for size in TARGET_SIZES for board in boards(records.all_of(size, folder))]
         tables.update_page(page, "quality-target", verdict(told))
+
+
+def text(size: str, folder: Path = records.FOLDER) -> str:
+    """The section for a terminal: without pictures."""
+    lines = section(size, _boards(size, folder)).splitlines()
+    return "\n".join(line for line in lines if not line.startswith("![")).rstrip()
+
+
+def _boards(size: str, folder: Path) -> list[Board]:
+    return sorted(boards(records.all_of(size, folder)), key=_place)
 
 
 def verdict(found: Sequence[tuple[str, Board]]) -> str:
