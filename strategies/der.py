@@ -79,7 +79,10 @@ def load(path: Path) -> dict[str, Opinion]:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata()
-            state = json.loads(about.get("state") or f'{{"format": 1, "rows": {about["rows"]}}}')
+            if "state" in about:
+                state = json.loads(about["state"])
+            else:
+                state = {"format": 1, "rows": json.loads(about["rows"])}
             if state["format"] != FORMAT:
                 raise ValueError(f"format {state['format']}, known is {FORMAT}")
             told = state["rows"]

@@ -24,7 +24,8 @@ from strategies.ewc import check_finite, choose
 from strategies.method import Method, in_batches
 from strategies.model import LoraLayer, check_linear, lora_layers
 
-FORMAT = "1"  # of the file; one without a number is of the first
+_FIRST = "1"  # of the files that have no number, too
+FORMAT = _FIRST  # of the file
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # layer → row sums [out], column sums [in]
 
@@ -164,7 +165,7 @@ def load(path: Path) -> Sums:
     """Raises `IntegrityError` when the file is damaged, or of a format that is not known."""
     try:
         with safe_open(path, "pt") as file:
-            if (found := (file.metadata() or {}).get("format", FORMAT)) != FORMAT:
+            if (found := (file.metadata() or {}).get("format", _FIRST)) != FORMAT:
                 raise ValueError(f"format {found}, known is {FORMAT}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         names = [name.removeprefix("rows/") for name in tensors if name.startswith("rows/")]

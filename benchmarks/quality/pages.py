@@ -46,7 +46,7 @@ def update(page: Path, size: str, folder: Path = records.FOLDER) -> None:
         write_file(page.parent / "pictures" / name, data)
     tables.update_page(page, f"quality-{size}", section(size, found))
     if size in TARGET_SIZES:
-        told = [(size, board) for size in TARGET_SIZES for board in boards(records.all_of(size, folder))]
+        told = [(each, board) for each in TARGET_SIZES for board in _boards(each, folder)]
         tables.update_page(page, "quality-target", verdict(told))
 
 
