@@ -13,7 +13,7 @@ from daemon.evidence import BACKUP, Evidence, Wrong
 from daemon.promote import champions
 from storage.records import TRANSITIONS, Candidate, Cycle, Promotion, State
 from storage.store import ALL
-from strategies.contract import result_files
+from strategies.contract import StrategySpec, result_files
 from strategies.replay_memory import memory_hashes
 
 BY_HAND = "daemon history   (then `daemon promote` or `daemon rollback`, with a reason)"
@@ -109,7 +109,7 @@ def each_candidate_is_one_that_a_rescue_makes(evidence: Evidence) -> Iterator[Wr
     for cycle in evidence.cycles.values():
         candidates, snapshot = evidence.candidates[cycle.id], evidence.snapshot_of(cycle)
         attempts = rescue.Limits.of(snapshot).attempts if snapshot else ALL
-        with evidence.store.reading(f"a verdict of cycle {cycle.id}"):
+        with evidence.store.reading(f"an attempt of cycle {cycle.id}"):
             told = next(_faults(candidates, attempts), None) or _other_verdict(evidence, cycle)
         if told:
             yield Wrong(message=f"cycle {cycle.id}: {told}", next=SHOW.format(cycle=cycle.id))
@@ -130,6 +130,8 @@ def _faults(candidates: Sequence[Candidate], attempts: int) -> Iterator[str]:
             yield f"{name} starts from attempt {candidate.source}, which came no earlier"
         if blend and candidate.model and not 0 < (candidate.share or 0) < 1:
             yield f"{name} is a blend of the share {candidate.share}"
+        if candidate.strategy is not None:
+            StrategySpec.from_json(candidate.strategy)  # or it cannot be read
         judged = json.loads(candidate.verdict)["passed"] if candidate.verdict else None
         if judged != candidate.passed or (judged is not None and candidate.model is None):
             yield f"{name} is said to have passed: {candidate.passed}; its verdict says {judged}"

@@ -21,6 +21,7 @@ from daemon import examination, experience, gate, tradeoff
 from daemon.executor import Executor, OnProgress, Stop, Until
 from daemon.settings import Settings
 from storage import artifacts
+from storage.errors import UNREADABLE, IntegrityError
 from storage.records import Candidate, Cycle
 from storage.snapshots import Snapshot
 from storage.store import Store
@@ -116,8 +117,20 @@ def concluded(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def strategy_of(candidate: Candidate, strategy: StrategySpec) -> StrategySpec:
-    """What the candidate was, or is to be, trained with, in a cycle of that strategy."""
-    return StrategySpec.from_json(candidate.strategy) if candidate.strategy else strategy
+    """What the candidate was, or is to be, trained with, in a cycle of that strategy.
+
+    Raises `IntegrityError` when the store has something else there.
+    """
+    if candidate.strategy is None:
+        return strategy
+    try:
+        return StrategySpec.from_json(candidate.strategy)
+    except UNREADABLE as error:
+        raise IntegrityError(
+            f"the store is damaged, the strategy of attempt {candidate.number} of cycle {candidate.cycle_id} "
+            f"cannot be read ({type(error).__name__}: {error}); stop the daemon and put your newest backup of "
+            "the store in its place. `daemon audit` names what is wrong"
+        ) from error
 
 
 def is_over(candidates: Sequence[Candidate], limits: Limits, now: datetime) -> bool:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from daemon import console, operations, report
 from storage.errors import ControlError, HoldfastError, Interrupted
+from storage.records import State
 from storage.store import Store
 from tests.bots import Bot, audited, fails, lesson, make_bot, put_back, two_promoted
 from tests.fuzzing import JSON, examples
@@ -114,6 +115,23 @@ def test_what_goes_on_from_a_damaged_record_ends_or_says_so(
             MOVES[move](bot)
     finally:
         bot.store.close()
+
+
+@pytest.mark.parametrize("kept", ["", "{", "null", '{"a": 1}'])
+def test_a_cycle_whose_strategy_cannot_be_read_fails_and_the_audit_names_it(
+    begun: tuple[Bot, Path], kept: str
+) -> None:
+    bot, copy = begun
+    put_back(bot, copy)
+    spoil(bot, "candidates", "strategy", lambda _: kept)
+    bot.registry = operations.open_registry(bot.settings, bot.store)
+    told = operations.audit(bot.settings, bot.store, bot.registry)
+    found = {finding["check"]: finding["message"] for finding in told["findings"]}
+    assert "an attempt of cycle 1 cannot be read" in found["each_candidate_is_one_that_a_rescue_makes"]
+    ended = bot.run(bot.store.cycles(1)[0])
+    assert ended.state is State.FAILED
+    assert "of cycle 3 cannot be read" in str(ended.reason)
+    bot.store.close()
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=" ".join)
