@@ -75,7 +75,8 @@ class ControlServer:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self._socket.close()
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that failed; the next start knows a socket that nobody answers
+            self.path.unlink()
 
     def _listen(self) -> socket.socket:
         _remove_stale(self.path)

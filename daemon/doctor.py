@@ -139,6 +139,8 @@ def state_dir(settings: Settings) -> Check:
         return fail("state", f"{path} is open to other accounts", f"chmod 700 {path}")
     if os.geteuid() not in (0, found.st_uid):
         return fail("state", f"{path} belongs to {owner}, not to you", f"sudo -u {owner} daemon doctor")
+    if why := statedir.broken(path):
+        return fail("state", f"{path} cannot be written to: {why}", "journalctl -k")
     return ok("state", f"{path}, private to {owner}")
 
 

@@ -128,8 +128,8 @@ def strategy_of(candidate: Candidate, strategy: StrategySpec) -> StrategySpec:
     except UNREADABLE as error:
         raise IntegrityError(
             f"the store is damaged, the strategy of attempt {candidate.number} of cycle {candidate.cycle_id} "
-            f"cannot be read ({type(error).__name__}: {error}); stop the daemon and put your newest backup of "
-            "the store in its place. `daemon audit` names what is wrong"
+            f"cannot be read ({type(error).__name__}: {error}); stop the daemon and put your newest backup "
+            "in its place. `daemon audit` names what is wrong"
         ) from error
 
 

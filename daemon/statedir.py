@@ -4,9 +4,11 @@ The lock is a flock on `daemon.lock`: the kernel drops it when its holder dies, 
 crash never leaves it behind. The file's text only says who holds it.
 """
 
+import errno
 import fcntl
 import os
 import pwd
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,13 +42,25 @@ def prepare(path: Path) -> None:
             path.chmod(0o700)
     except OSError as error:
         raise ConfigError(f"bot.state_dir = {str(path)!r} cannot be used: {error}") from None
-    if os.statvfs(path).f_flag & os.ST_RDONLY:
+    if why := broken(path):
         raise ConfigError(
-            f"bot.state_dir = {str(path)!r} is on a read-only file system; see `journalctl -k` for why, then "
-            f"`mount -o remount,rw` it, or set bot.state_dir to another place"
+            f"bot.state_dir = {str(path)!r} cannot be written to: {why}; see `journalctl -k`, then repair "
+            "the disk and mount it again, or set bot.state_dir to another place"
         )
     if not os.access(path, os.W_OK | os.X_OK):
         raise ConfigError(f"bot.state_dir = {str(path)!r} cannot be written by this account; try with sudo")
+
+
+def broken(path: Path) -> str | None:
+    """Why nobody can write there: the disk is mounted read-only, or the kernel gave it up. None: it is not.
+
+    Only trying tells: of an ext4 that it gave up, Linux 6.13 says so neither in the flags nor to access(2).
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            return None
+    except OSError as error:
+        return os.strerror(error.errno).lower() if error.errno in (errno.EROFS, errno.EIO) else None
 
 
 def is_open_to_others(path: Path) -> bool:

@@ -23,6 +23,7 @@ QUICK = (
     "clock jumps",
     "two daemons",
     "disk full",
+    "disk fails",
     "corrupted checkpoint",
     "tampered suite",
 )
@@ -39,8 +40,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> bench.Bench:
 def test_after_a_fault_nothing_is_lost_nothing_done_twice_and_the_champion_loads(
     made: bench.Bench, name: str
 ) -> None:
-    if name in kinds.NEEDS_MOUNT and not bench.can_mount(made.folder):
-        pytest.skip("needs an account that may mount a tmpfs")
+    if name in kinds.NEEDS and not kinds.NEEDS[name](made.folder):
+        pytest.skip("needs an account that may mount a tmpfs, or the image of a disk")
     _, outcome = one(made, SEED, 1, name)
     assert outcome.went_off
 

@@ -36,7 +36,7 @@ def swept(made: bench.Bench, seed: int, number: int) -> tuple[str, bench.Outcome
 
 def _over(trial: bench.Trial, name: str, how: str) -> bench.Outcome:
     trial.check_log(worker_may_trace=name in bench.WORKER_MAY_TRACE)
-    if name not in kinds.NEEDS_MOUNT:  # those have checked, on the file system that is gone now
+    if name not in kinds.NEEDS:  # those have checked, on the file system that is gone now
         trial.check()
     return bench.Outcome(went_off=trial.went_off(), how=how)
 
@@ -63,7 +63,8 @@ def main() -> int:
         numbers = range(1, len(kinds.POINTS) + 1)[given.first - 1 :][: given.faults]
     made = bench.Bench(given.folder)
     made.prepare()
-    may_mount = bench.can_mount(made.folder)
+    may = {needs: needs(made.folder) for needs in set(kinds.NEEDS.values())}
+    skipped = {name for name, needs in kinds.NEEDS.items() if not may[needs]}
     table: Counter[tuple[str, str]] = Counter()
     failed = []
     begun = time.monotonic()
@@ -71,7 +72,7 @@ def main() -> int:
         name, drawn = given.kind or kinds_name(given.seed, number), time.monotonic()
         if given.sweep:
             name = kinds.POINTS[number - 1].kind
-        if name in kinds.NEEDS_MOUNT and not may_mount:
+        if name in skipped:
             table[name, "skipped"] += 1
             continue
         try:
@@ -93,7 +94,7 @@ def main() -> int:
         table[name, outcome.how if outcome.went_off else "missed"] += 1
         how = outcome.how if outcome.went_off else "missed its place"
         print(f"{number:5} {told}: {how} ({time.monotonic() - drawn:.1f} s)", flush=True)
-    print_table(table, time.monotonic() - begun, may_mount)
+    print_table(table, time.monotonic() - begun, skipped)
     return 1 if failed else 0
 
 
@@ -101,7 +102,7 @@ def kinds_name(seed: int, number: int) -> str:
     return random.Random(f"{seed}/{number}").choice(sorted(kinds.KINDS))
 
 
-def print_table(table: "Counter[tuple[str, str]]", seconds: float, may_mount: bool) -> None:
+def print_table(table: "Counter[tuple[str, str]]", seconds: float, skipped: set[str]) -> None:
     columns = ("recovered", "refused", "missed", "skipped", "failed")
     print("\n| fault | injected | " + " | ".join(columns) + " |\n|---|" + "---|" * (len(columns) + 1))
     for name in sorted({name for name, _ in table}):
@@ -110,8 +111,8 @@ def print_table(table: "Counter[tuple[str, str]]", seconds: float, may_mount: bo
         print(f"| {name} | {injected} | " + " | ".join(map(str, counts)) + " |")
     injected = sum(n for (_, how), n in table.items() if how not in ("missed", "skipped"))
     print(f"\n{injected} faults in {seconds / 60:.0f} minutes")
-    if not may_mount:
-        print("a full disk and a read-only state need an account that may mount a tmpfs: skipped")
+    if skipped:
+        print(f"skipped, as this account may not mount what they need: {', '.join(sorted(skipped))}")
 
 
 if __name__ == "__main__":

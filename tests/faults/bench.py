@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from daemon import cli, config
 from daemon.settings import Settings
-from storage.errors import HoldfastError
+from storage.errors import DaemonNotRunning, HoldfastError
 from storage.records import Cycle, State
 from storage.store import Store
 from strategies.contract import result_files
@@ -34,7 +34,7 @@ PATIENCE = 60.0  # seconds in which nothing changes; a trial takes a few
 # How the daemon may end before its cycle has, once, by what is done to it.
 ENDS = {"kill": -9, "term": 0, "power": -9}
 # Kinds in which the worker tells of errors that are the machine's, with a traceback beside the words.
-WORKER_MAY_TRACE = {"out of memory", "disk full"}
+WORKER_MAY_TRACE = {"out of memory", "disk full", "disk fails"}
 DISK = 48  # MiB, of the file system that a trial may fill
 
 # In the middle of what the champion of `taught` has learned.
@@ -127,22 +127,47 @@ class Bench:
 
     def put_back(self, beginning: str) -> None:
         if self.state.is_mount():  # an earlier run was killed
-            subprocess.run(["umount", "-l", str(self.state)], check=True)
+            _tool("umount", "-l", str(self.state))
         shutil.rmtree(self.home, ignore_errors=True)
         shutil.copytree(self.folder / beginning, self.home)
 
     @contextmanager
     def small_disk(self) -> Iterator[None]:
         """The state on a file system of its own, which can be filled."""
+        with self._moved("-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs"):
+            yield
+
+    @contextmanager
+    def real_disk(self) -> Iterator[None]:
+        """The state on an ext4 of its own, which the kernel makes read-only when it finds it damaged."""
+        image = self.home / "disk"
+        with image.open("wb") as file:
+            file.truncate(4 * DISK << 20)
+        _tool("mkfs.ext4", "-q", "-F", str(image))
+        with self._moved(*_LOOP, str(image)):
+            yield
+
+    def repair(self) -> None:
+        """What a person does about it; nobody may have a file open there."""
+        _tool("umount", str(self.state))
+        ran = subprocess.run(["e2fsck", "-f", "-p", str(self.home / "disk")], capture_output=True, text=True)
+        if ran.returncode > 1:  # 1: it has repaired something
+            raise Broken(f"e2fsck: {ran.stdout} {ran.stderr}")
+        _mount(*_LOOP, str(self.home / "disk"), str(self.state))
+
+    @contextmanager
+    def _moved(self, *mount: str) -> Iterator[None]:
         before = self.home / "before"
         self.state.rename(before)
         self.state.mkdir()
-        _mount("-t", "tmpfs", "-o", f"size={DISK}m,mode=0700", "tmpfs", str(self.state))
+        _mount(*mount, str(self.state))
         try:
+            self.state.chmod(0o700)
             shutil.copytree(before, self.state, dirs_exist_ok=True)
+            _tool("sync", "--file-system", str(self.state))
             yield
         finally:
-            subprocess.run(["umount", "-l", str(self.state)], check=True)
+            _tool("umount", "-l", str(self.state))
 
     def remount(self, mode: str) -> None:
         _mount("-o", f"remount,{mode}", str(self.state))
@@ -221,10 +246,10 @@ class Trial:
                 if self._ended(daemon, ask=not asked):
                     return self.cycle()
             self.check_end(daemon.process.wait(SECONDS))
-            asked = self._was_asked()
+            asked = self.was_asked()
             self.on_death()
 
-    def _was_asked(self) -> bool:
+    def was_asked(self) -> bool:
         """Whether what the trial asks for is on record. No daemon runs."""
         if not self.settings.store_path.exists():
             return False
@@ -282,6 +307,32 @@ class Trial:
                 return daemon.stop() == 0
             time.sleep(0.03)
         raise Broken(f"nothing happened for {PATIENCE:.0f} s; see {self.home / 'daemon.log'}")
+
+    def meets_trouble(self, daemon: WarmDaemon) -> None:
+        """Asks for the cycle, and returns when it has ended, or waits, or the daemon says that it cannot."""
+        asked, deadline = False, time.monotonic() + PATIENCE
+        while daemon.process.poll() is None:
+            try:
+                if not asked:
+                    daemon.status()  # it listens
+                    asked = True
+                    self._ask(daemon)
+                told = daemon.status()["daemon"]["activity"] or {}
+                newest = daemon.call("history", limit=1)["cycles"]
+            except DaemonNotRunning:
+                time.sleep(0.02)
+                continue
+            except HoldfastError as error:
+                self.heard.append(str(error))
+                return
+            if waiting := told.get("waiting"):
+                self.heard.append(waiting["reason"])
+                return
+            if any(c["id"] >= self.number and c["state"] not in _WORKING for c in newest):
+                return
+            if time.monotonic() > deadline:
+                raise Broken(f"nothing happened for {PATIENCE:.0f} s; see {self.home / 'daemon.log'}")
+            time.sleep(0.03)
 
     def again(self) -> Cycle:
         """`daemon retrain-now` after what was wrong is put right."""
@@ -422,15 +473,40 @@ def says_what_to_do(reason: str) -> bool:
 _WORKING = {s.value for s in State if not s.ended}
 
 
+_LOOP = ("-o", "loop,errors=remount-ro")
+
+
 def _mount(*args: str) -> None:
-    subprocess.run(["mount", *args], check=True, capture_output=True)
+    _tool("mount", *args)
+
+
+def _tool(*argv: str) -> None:
+    subprocess.run(argv, check=True, capture_output=True)
 
 
 def can_mount(folder: Path) -> bool:
     """Whether this account may mount a file system there."""
+    return _may_mount(folder, "-t", "tmpfs", "-o", "size=1m", "tmpfs")
+
+
+def can_break_a_disk(folder: Path) -> bool:
+    """Whether this account may mount an image there, of an ext4 that this kernel gives up on demand."""
+    image = folder / "try"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
     try:
-        _mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder))
+        _tool("mkfs.ext4", "-q", "-F", str(image))
+        return _may_mount(folder, *_LOOP, str(image)) and any(Path("/sys/fs/ext4").glob("*/trigger_fs_error"))
     except (OSError, subprocess.CalledProcessError):
         return False
-    subprocess.run(["umount", str(folder)], check=True)
+    finally:
+        image.unlink()
+
+
+def _may_mount(folder: Path, *how: str) -> bool:
+    try:
+        _mount(*how, str(folder))
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    _tool("umount", str(folder))
     return True

@@ -6,7 +6,7 @@ that says what to do, which was done, and then all went well. Anything else rais
 
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,17 @@ import duckdb
 from storage.records import Cycle, State
 from tests.daemons import SECONDS, cli
 from tests.faults import places, power
-from tests.faults.bench import Broken, Trial
+from tests.faults.bench import Broken, Trial, can_break_a_disk, can_mount
 from tests.faults.places import MLFLOW
 
 Kind = Callable[[Trial], str]
 KINDS: dict[str, Kind] = {}
-NEEDS_MOUNT = {"disk full", "read-only state"}
+# What a kind asks of the machine and the account, beside the state on a file system of its own.
+NEEDS: dict[str, Callable[[Path], bool]] = {
+    "disk full": can_mount,
+    "disk fails": can_break_a_disk,
+    "read-only state": can_mount,
+}
 
 
 def kind(name: str) -> Callable[[Kind], Kind]:
@@ -210,6 +215,28 @@ def _(trial: Trial) -> str:
         trial.promoted(trial.run())
         trial.check()
     return "refused"
+
+
+@kind("disk fails")
+def _(trial: Trial) -> str:
+    """The state becomes read-only in mid-cycle; a person stops the daemon, repairs the disk, starts it."""
+    with trial.bench.real_disk():
+        fault = trial.armed(**trial.draw(trial.dice.choice(("daemon", "worker"))), deed="broken")
+        with ExitStack() as stack:
+            stack.push(daemon := trial.daemon_armed(fault))  # not entered: it may die before it is ready
+            trial.meets_trouble(daemon)
+            if daemon.process.poll() is None and daemon.stop() != 0:
+                raise Broken(f"on a read-only state the daemon stopped with {daemon.process.returncode}")
+        doctor = cli(trial.config, "doctor").stdout
+        if trial.went_off() and (
+            "FAIL  state" not in doctor or "read-only" not in doctor or "journalctl -k" not in doctor
+        ):
+            raise Broken(f"`daemon doctor` says only: {doctor}")
+        trial.bench.repair()
+        cycle = trial.run(begun=trial.was_asked())
+        how = _again_if_failed(trial, cycle, "read-only")
+        trial.check()
+    return how
 
 
 # Corruptions: what was made is changed behind the daemon's back while it is down.

@@ -200,6 +200,13 @@ def _fill_the_disk(fault: Armed) -> None:
             return
 
 
+def _break_the_disk(fault: Armed) -> None:
+    """The kernel finds the ext4 that the state lies on damaged, and lets nobody write there any more."""
+    device = (Path(fault.home) / "state").stat().st_dev
+    name = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve().name
+    Path(f"/sys/fs/ext4/{name}/trigger_fs_error").write_text("a trial")
+
+
 def _limit_memory(fault: Armed) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + fault.amount, resource.RLIM_INFINITY))
@@ -246,6 +253,7 @@ DEEDS: dict[str, Callable[[Armed], None]] = {
     "term": _terminate,
     "power": _kill_both,
     "full": _fill_the_disk,
+    "broken": _break_the_disk,
     "memory": _limit_memory,
     "jump": _jump,
     "mlflow": _lose_mlflow,
