@@ -31,6 +31,7 @@ from storage.rows import normalise
 GIB = 1 << 30
 LITTLE_SPACE = 5 * GIB  # a cycle with its checkpoints takes some hundred MB; a converted base as much
 NO_SPACE = GIB // 2
+NO_FILES = 200  # inodes
 TORCH_SECONDS = 120
 SOURCE_SECONDS = 3.0  # to wait for a collector that holds its file
 # torchvision holds compiled code for one version of torch; a mismatch only shows on import.
@@ -150,6 +151,10 @@ def disk(settings: Settings) -> Check:
         place = place.parent
     free = shutil.disk_usage(place).free
     told = f"{free / GIB:.1f} GiB free for {settings.state_dir}"
+    inodes = os.statvfs(place)
+    if inodes.f_files and inodes.f_favail < NO_FILES:  # some file systems count none
+        told = f"{inodes.f_favail} more files fit beside {settings.state_dir}: a cycle needs more"
+        return fail("disk", told, f"df -i {place}")
     if free < NO_SPACE:
         return fail("disk", f"{told}: a cycle needs more", f"du -sh {settings.state_dir}/*")
     return (

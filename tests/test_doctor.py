@@ -1,6 +1,7 @@
 """`daemon doctor`: what it finds, and what it says to type."""
 
 import json
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from storage.rows import Row
 from storage.store import Store
 from tests.bots import lesson, make_bot, write_config
 from tests.daemons import cli
+from tests.faults.bench import can_mount
 from tests.toys import tiny_base
 
 
@@ -79,3 +81,29 @@ def test_a_mismatch_of_torch_and_torchvision_is_found_in_a_child_process(
     assert found.outcome is doctor.Outcome.FAIL
     assert "torchvision::nms" in found.message
     assert "torch torchvision" in (found.next or "")
+
+
+@pytest.mark.parametrize(
+    ("options", "told", "typed"),
+    [
+        ("size=2g,nr_inodes=50", "more files fit", "df -i"),
+        ("size=1m", "GiB free", "du -sh"),
+        ("ro", "cannot be written to: read-only file system", "journalctl -k"),
+    ],
+)
+def test_doctor_says_what_is_wrong_with_the_disk_of_the_state(
+    tmp_path: Path, options: str, told: str, typed: str
+) -> None:
+    settings = config.load(write_config(tmp_path, tmp_path))
+    settings.state_dir.mkdir(mode=0o700)
+    if not can_mount(settings.state_dir):
+        pytest.skip("needs an account that may mount a tmpfs")
+    mount = ["mount", "-t", "tmpfs", "-o", f"mode=0700,{options}", "tmpfs", str(settings.state_dir)]
+    subprocess.run(mount, check=True)
+    try:
+        found = [doctor.state_dir(settings), doctor.disk(settings)]
+    finally:
+        subprocess.run(["umount", str(settings.state_dir)], check=True)
+    (failed,) = [check for check in found if check.outcome is doctor.Outcome.FAIL]
+    assert told in failed.message
+    assert str(failed.next).startswith(typed)

@@ -35,7 +35,7 @@ PATIENCE = 60.0  # seconds in which nothing changes; a trial takes a few
 ENDS = {"kill": -9, "term": 0, "power": -9}
 # Kinds in which the worker tells of errors that are the machine's, with a traceback beside the words.
 WORKER_MAY_TRACE = {"out of memory", "disk full", "disk fails"}
-DISK = 48  # MiB, of the file system that a trial may fill
+DISK, INODES = 48, 4096  # MiB, and files, of the file system that a trial may fill
 
 # In the middle of what the champion of `taught` has learned.
 ERASED = ("colours-3",)
@@ -134,7 +134,7 @@ class Bench:
     @contextmanager
     def small_disk(self) -> Iterator[None]:
         """The state on a file system of its own, which can be filled."""
-        with self._moved("-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs"):
+        with self._moved("-t", "tmpfs", "-o", f"size={DISK}m,nr_inodes={INODES}", "tmpfs"):
             yield
 
     @contextmanager

@@ -178,14 +178,14 @@ def _(trial: Trial) -> str:
 
 @kind("disk full")
 def _(trial: Trial) -> str:
-    """A small tmpfs with a few bytes left; a person makes room and says the command."""
+    """A small tmpfs with a few bytes left, or no inode; a person makes room and says the command."""
     with trial.bench.small_disk():
         ballast = trial.state / ".ballast"
         process = trial.dice.choice(("daemon", "worker"))
-        left = trial.dice.choice((0, 4096, 40_000, 400_000))
-        trial.on_wait = lambda reason: ballast.unlink(missing_ok=True)
+        left = trial.dice.choice((0, 4096, 40_000, 400_000, -1))
+        trial.on_wait = lambda reason: shutil.rmtree(ballast, ignore_errors=True)
         cycle = trial.run(trial.armed(**trial.draw(process), deed="full", amount=left))
-        ballast.unlink(missing_ok=True)
+        shutil.rmtree(ballast, ignore_errors=True)
         how = _again_if_failed(trial, cycle, "space")
         trial.check()
     return how

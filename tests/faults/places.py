@@ -7,6 +7,7 @@ off once a trial: before or after the n-th call of its place.
 
 import functools
 import importlib
+import itertools
 import json
 import os
 import random
@@ -188,16 +189,20 @@ def _kill_both(fault: Armed) -> None:
 
 
 def _fill_the_disk(fault: Armed) -> None:
-    """All but `amount` bytes of the file system that the state lies on."""
-    state = Path(fault.home) / "state"
-    with (state.parent / "state" / ".ballast").open("wb", buffering=0) as ballast:
-        free = os.statvfs(state)
+    """All but `amount` bytes of the file system that the state lies on; -1: all of its inodes."""
+    ballast = Path(fault.home) / "state" / ".ballast"
+    ballast.mkdir()
+    try:
+        if fault.amount < 0:
+            for number in itertools.count():
+                (ballast / str(number)).touch()
+        free = os.statvfs(ballast)
         left = free.f_bavail * free.f_bsize - fault.amount
-        try:
+        with (ballast / "bytes").open("wb", buffering=0) as file:
             while left > 0:
-                left -= ballast.write(b"\0" * min(left, 1 << 20))
-        except OSError:
-            return
+                left -= file.write(b"\0" * min(left, 1 << 20))
+    except OSError:
+        return
 
 
 def _break_the_disk(fault: Armed) -> None:
