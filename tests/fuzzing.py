@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 FACTOR = int(os.environ.get("FUZZ", "1"))
 
 
-def examples(few: int) -> Any:
-    """A bound for a test whose examples cost something."""
-    return settings(max_examples=few * FACTOR)
+def examples(few: int, *, times: int = FACTOR) -> Any:
+    """A bound for a test whose examples cost something; `times`: what is enough of them in a long run."""
+    return settings(max_examples=few * min(FACTOR, times))
 
 
 # What JSON and a database can hand over, nested and not.

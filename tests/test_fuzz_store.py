@@ -99,7 +99,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[tupl
 
 
 @pytest.mark.parametrize("move", MOVES)
-@examples(6)
+@examples(6, times=10)
 @given(record=st.sampled_from(RECORDS), data=st.data())
 def test_what_goes_on_from_a_damaged_record_ends_or_says_so(
     begun: tuple[Bot, Path], move: str, record: tuple[str, str], data: st.DataObject
@@ -135,7 +135,7 @@ def test_a_cycle_whose_strategy_cannot_be_read_fails_and_the_audit_names_it(
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=" ".join)
-@examples(12)
+@examples(12, times=10)
 @given(data=st.data())
 def test_a_record_that_is_no_longer_what_was_written_is_told_by_every_command(
     grown: tuple[Bot, Path], record: tuple[str, str], data: st.DataObject
