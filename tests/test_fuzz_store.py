@@ -28,6 +28,11 @@ RECORDS = (
     ("events", "detail"), ("tasks", "labels"), ("tasks", "kind"), ("cycles", "state"), ("cycles", "snapshot"),
     ("models", "result"), ("scores", "metric"), ("meta", "value"),
 )  # fmt: skip
+# What says where something lies, and what it must be: no text to be taken apart, but followed.
+POINTERS = (
+    ("candidates", "result"), ("candidates", "model"), ("models", "adapter_hash"), ("models", "base"),
+    ("suites", "hash"), ("predictions", "exam"),
+)  # fmt: skip
 COMMANDS: dict[str, Callable[[Bot], object]] = {
     "status": lambda bot: console.status(console.harmless(operations.status(bot.settings, bot.store))),
     "history": lambda bot: console.history(console.harmless(operations.history(bot.store, 20))),
@@ -100,7 +105,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[tupl
 
 @pytest.mark.parametrize("move", MOVES)
 @examples(6, times=10)
-@given(record=st.sampled_from(RECORDS), data=st.data())
+@given(record=st.sampled_from(RECORDS + POINTERS), data=st.data())
 def test_what_goes_on_from_a_damaged_record_ends_or_says_so(
     begun: tuple[Bot, Path], move: str, record: tuple[str, str], data: st.DataObject
 ) -> None:
