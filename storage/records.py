@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from storage.rows import Split
@@ -222,6 +223,9 @@ class Candidate:
     verdict: str | None = None
     note: str | None = None  # why it was set aside
 
+    def __post_init__(self) -> None:
+        _check_place(self.result)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelVersion:
@@ -234,6 +238,16 @@ class ModelVersion:
     adapter_hash: str
     base: str  # fingerprint
     created_at: datetime
+
+    def __post_init__(self) -> None:
+        _check_place(self.result)
+
+
+def _check_place(result: str) -> None:
+    """What is read there is trusted, and what is removed is gone: a damaged record must not lead elsewhere."""
+    parts = PurePosixPath(result).parts
+    if parts[:1] != ("cycles",) or len(parts) < 2 or ".." in parts or "\0" in result:
+        raise ValueError(f"{result!r} is no directory of a cycle")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -440,7 +440,13 @@ def forgotten() -> gate.Verdict:
 
 def plain(now: datetime) -> Candidate:
     return Candidate(
-        cycle_id=2, number=1, kind="train", source=None, result="r", strategy=None, created_at=now
+        cycle_id=2,
+        number=1,
+        kind="train",
+        source=None,
+        result="cycles/2/train",
+        strategy=None,
+        created_at=now,
     )
 
 

@@ -593,3 +593,10 @@ def test_a_copy_that_the_disk_has_no_room_for_leaves_nothing_behind_and_the_next
         assert [each.name for each in tmp_path.iterdir() if each.name.startswith(".")] == []
         store.rewrite()
         assert (store.get_meta("much") or "").startswith("0123")
+
+
+@pytest.mark.parametrize("place", ["", ".", "cycles", "/etc", "cycles/../..", "cycles/1/\0", "snapshots/1"])
+def test_a_record_that_leads_out_of_its_cycle_is_damage(place: str) -> None:
+    """Its directory would be read, and removed when retention or an erasure wants it gone."""
+    with pytest.raises(ValueError, match="no directory of a cycle"):
+        replace(model(1, 1), result=place)
