@@ -244,7 +244,7 @@ class ModelVersion:
 
 
 def _check_place(result: str) -> None:
-    """What is read there is trusted, and what is removed is gone: a damaged record must not lead elsewhere."""
+    """What is read there is trusted, and what is removed is gone: damaged records must not lead elsewhere."""
     parts = PurePosixPath(result).parts
     if parts[:1] != ("cycles",) or len(parts) < 2 or ".." in parts or "\0" in result:
         raise ValueError(f"{result!r} is no directory of a cycle")
