@@ -150,7 +150,7 @@ def describe(error: BaseException) -> dict[str, str]:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """Torch's own errors are known by their words, which spares its import."""
-    words = ("OutOfMemoryError", "can't allocate memory", "Cannot allocate memory")
+    words = ("OutOfMemoryError", "can't allocate memory", "Cannot allocate memory", "can't start new thread")
     return isinstance(error, MemoryError) or any(word in f"{type(error).__name__} {error}" for word in words)
 
 

@@ -287,6 +287,7 @@ def noise(job, running):
 def fail(job, running):
     raise {"memory": MemoryError(), "torch": RuntimeError("DefaultCPUAllocator: can't allocate memory"),
            "mapping": ModelError("x cannot be loaded: unable to mmap: Cannot allocate memory (12)"),
+           "thread": ModelError("x cannot be loaded: can't start new thread"),
            "disk": OSError(28, "No space left on device"),
            "bug": KeyError("first line")}[job["how"]]
 
@@ -338,14 +339,14 @@ def test_what_libraries_print_goes_to_the_log_and_not_into_the_protocol(noisy: C
 
 def test_errors_that_are_not_ours_are_one_line_for_people_and_a_traceback_in_the_log(noisy: Child) -> None:
     messages = {}
-    for how in ("memory", "torch", "mapping", "disk", "bug"):
+    for how in ("memory", "torch", "mapping", "thread", "disk", "bug"):
         noisy.ask("fail", {"how": how})
         error = noisy.hear()["error"]
         assert error["type"] == "StageError"
         messages[how] = error["message"]
     assert "No space left on device; free space" in messages["disk"]
     assert messages["bug"] == "KeyError: 'first line'"
-    for how in ("memory", "torch", "mapping"):
+    for how in ("memory", "torch", "mapping", "thread"):
         assert "memory ran out" in messages[how]
         assert "lower training.batch_size" in messages[how]
     noisy.ask("no-such-stage", {})
