@@ -312,6 +312,8 @@ class Trial:
         """Asks for the cycle, and returns when it has ended, or waits, or the daemon says that it cannot."""
         asked, deadline = False, time.monotonic() + PATIENCE
         while daemon.process.poll() is None:
+            if time.monotonic() > deadline:
+                raise Broken(f"nothing happened for {PATIENCE:.0f} s; see {self.home / 'daemon.log'}")
             try:
                 if not asked:
                     daemon.status()  # it listens
@@ -330,8 +332,6 @@ class Trial:
                 return
             if any(c["id"] >= self.number and c["state"] not in _WORKING for c in newest):
                 return
-            if time.monotonic() > deadline:
-                raise Broken(f"nothing happened for {PATIENCE:.0f} s; see {self.home / 'daemon.log'}")
             time.sleep(0.03)
 
     def again(self) -> Cycle:
