@@ -6,7 +6,6 @@ process, because its import is slow and may fail hard.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -149,11 +148,11 @@ def disk(settings: Settings) -> Check:
     place = settings.state_dir
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    found = os.statvfs(place)
+    free = found.f_bavail * found.f_frsize
     told = f"{free / GIB:.1f} GiB free for {settings.state_dir}"
-    inodes = os.statvfs(place)
-    if inodes.f_files and inodes.f_favail < NO_FILES:  # some file systems count none
-        told = f"{inodes.f_favail} more files fit beside {settings.state_dir}: a cycle needs more"
+    if found.f_files and found.f_favail < NO_FILES:  # some file systems count none
+        told = f"{found.f_favail} more files fit beside {settings.state_dir}: a cycle needs more"
         return fail("disk", told, f"df -i {place}")
     if free < NO_SPACE:
         return fail("disk", f"{told}: a cycle needs more", f"du -sh {settings.state_dir}/*")

@@ -21,7 +21,7 @@ from daemon import examination, experience, gate, tradeoff
 from daemon.executor import Executor, OnProgress, Stop, Until
 from daemon.settings import Settings
 from storage import artifacts
-from storage.errors import UNREADABLE, IntegrityError
+from storage.errors import reading
 from storage.records import Candidate, Cycle
 from storage.snapshots import Snapshot
 from storage.store import Store
@@ -123,14 +123,8 @@ def strategy_of(candidate: Candidate, strategy: StrategySpec) -> StrategySpec:
     """
     if candidate.strategy is None:
         return strategy
-    try:
+    with reading("the store", f"the strategy of attempt {candidate.number} of cycle {candidate.cycle_id}"):
         return StrategySpec.from_json(candidate.strategy)
-    except UNREADABLE as error:
-        raise IntegrityError(
-            f"the store is damaged, the strategy of attempt {candidate.number} of cycle {candidate.cycle_id} "
-            f"cannot be read ({type(error).__name__}: {error}); stop the daemon and put your newest backup "
-            "in its place. `daemon audit` names what is wrong"
-        ) from error
 
 
 def is_over(candidates: Sequence[Candidate], limits: Limits, now: datetime) -> bool:

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -21,7 +21,7 @@ import duckdb
 
 from storage import duck
 from storage.artifacts import fsync
-from storage.errors import UNREADABLE, IntegrityError, StoreBusy, StoreError, first_line
+from storage.errors import StoreBusy, StoreError, first_line, reading
 
 SQL = Path(__file__).parent / "sql"
 T = TypeVar("T")
@@ -176,16 +176,8 @@ class Database:
         with self._lock, self._in_words():
             return list(self._use().execute(sql).fetchall())
 
-    @contextmanager
-    def reading(self, what: str) -> Iterator[None]:
-        """For whoever takes apart what is in the store: what cannot be is an `IntegrityError`, in words."""
-        try:
-            yield
-        except UNREADABLE as error:
-            raise IntegrityError(
-                f"the store {self.path} is damaged, {what} cannot be read ({type(error).__name__}: {error}); "
-                "stop the daemon and put your newest backup in its place. `daemon audit` names what is wrong"
-            ) from error
+    def reading(self, what: str) -> AbstractContextManager[None]:
+        return reading(f"the store {self.path}", what)
 
     def _run(self, query: str, given: Any, values: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]]]:
         """Everything is fetched before the lock is given back: an open result blocks the next query."""

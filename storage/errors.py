@@ -3,6 +3,9 @@
 A message says what is wrong, the offending value, and the next command to type.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class HoldfastError(Exception):
     """Something went wrong that Holdfast has no better words for."""
@@ -15,6 +18,18 @@ class HoldfastError(Exception):
 UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError
 )  # fmt: skip
+
+
+@contextmanager
+def reading(store: str, what: str) -> Iterator[None]:
+    """For whoever takes apart what is in a store: what cannot be is an `IntegrityError`, in words."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise IntegrityError(
+            f"{store} is damaged, {what} cannot be read ({type(error).__name__}: {error}); "
+            "stop the daemon and put your newest backup in its place. `daemon audit` names what is wrong"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

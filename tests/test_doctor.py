@@ -1,7 +1,6 @@
 """`daemon doctor`: what it finds, and what it says to type."""
 
 import json
-import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from storage.rows import Row
 from storage.store import Store
 from tests.bots import lesson, make_bot, write_config
 from tests.daemons import cli
-from tests.faults.bench import can_mount
+from tests.faults.bench import can_mount, mounted
 from tests.toys import tiny_base
 
 
@@ -98,12 +97,8 @@ def test_doctor_says_what_is_wrong_with_the_disk_of_the_state(
     settings.state_dir.mkdir(mode=0o700)
     if not can_mount(settings.state_dir):
         pytest.skip("needs an account that may mount a tmpfs")
-    mount = ["mount", "-t", "tmpfs", "-o", f"mode=0700,{options}", "tmpfs", str(settings.state_dir)]
-    subprocess.run(mount, check=True)
-    try:
+    with mounted(settings.state_dir, "-t", "tmpfs", "-o", f"mode=0700,{options}", "tmpfs"):
         found = [doctor.state_dir(settings), doctor.disk(settings)]
-    finally:
-        subprocess.run(["umount", str(settings.state_dir)], check=True)
     (failed,) = [check for check in found if check.outcome is doctor.Outcome.FAIL]
     assert told in failed.message
     assert str(failed.next).startswith(typed)

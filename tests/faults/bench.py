@@ -160,14 +160,11 @@ class Bench:
         before = self.home / "before"
         self.state.rename(before)
         self.state.mkdir()
-        _mount(*mount, str(self.state))
-        try:
+        with mounted(self.state, *mount):
             self.state.chmod(0o700)
             shutil.copytree(before, self.state, dirs_exist_ok=True)
             _tool("sync", "--file-system", str(self.state))
             yield
-        finally:
-            _tool("umount", "-l", str(self.state))
 
     def remount(self, mode: str) -> None:
         _mount("-o", f"remount,{mode}", str(self.state))
@@ -288,49 +285,50 @@ class Trial:
                 if ask:
                     self._ask(daemon)
                     ask = False
-                told = daemon.status()
-                newest = daemon.call("history", limit=1)["cycles"]
+                activity, ended = self._look(daemon)
             except (HoldfastError, OSError):  # it is ending, or its socket is not there yet
                 time.sleep(0.02)
                 continue
-            unfinished = not any(c["id"] >= self.number and c["state"] not in _WORKING for c in newest)
-            activity = told["daemon"]["activity"] or {}
-            if (activity, unfinished) != last:  # on a busy machine a whole cycle may take longer
-                last, since = (activity, unfinished), time.monotonic()
+            if (activity, ended) != last:  # on a busy machine a whole cycle may take longer
+                last, since = (activity, ended), time.monotonic()
             waiting = activity.get("waiting")
             if waiting and waiting["tries"] > tries:
                 tries = waiting["tries"]
                 self.heard.append(waiting["reason"])
                 self.on_wait(waiting["reason"])
                 daemon.call("resume")
-            elif not unfinished and activity.get("cycle") is None:
+            elif ended and activity.get("cycle") is None:
                 return daemon.stop() == 0
             time.sleep(0.03)
         raise Broken(f"nothing happened for {PATIENCE:.0f} s; see {self.home / 'daemon.log'}")
 
+    def _look(self, daemon: WarmDaemon) -> tuple[dict[str, Any], bool]:
+        """What it does, and whether the cycle has ended."""
+        activity = daemon.status()["daemon"]["activity"] or {}
+        newest = daemon.call("history", limit=1)["cycles"]
+        return activity, any(c["id"] >= self.number and c["state"] not in _WORKING for c in newest)
+
     def meets_trouble(self, daemon: WarmDaemon) -> None:
         """Asks for the cycle, and returns when it has ended, or waits, or the daemon says that it cannot."""
-        asked, deadline = False, time.monotonic() + PATIENCE
+        ask, deadline = True, time.monotonic() + PATIENCE
         while daemon.process.poll() is None:
             if time.monotonic() > deadline:
                 raise Broken(f"nothing happened for {PATIENCE:.0f} s; see {self.home / 'daemon.log'}")
             try:
-                if not asked:
-                    daemon.status()  # it listens
-                    asked = True
+                if ask:
                     self._ask(daemon)
-                told = daemon.status()["daemon"]["activity"] or {}
-                newest = daemon.call("history", limit=1)["cycles"]
+                    ask = False
+                activity, ended = self._look(daemon)
             except DaemonNotRunning:
                 time.sleep(0.02)
                 continue
             except HoldfastError as error:
                 self.heard.append(str(error))
                 return
-            if waiting := told.get("waiting"):
+            if waiting := activity.get("waiting"):
                 self.heard.append(waiting["reason"])
                 return
-            if any(c["id"] >= self.number and c["state"] not in _WORKING for c in newest):
+            if ended:
                 return
             time.sleep(0.03)
 
@@ -484,9 +482,22 @@ def _tool(*argv: str) -> None:
     subprocess.run(argv, check=True, capture_output=True)
 
 
+@contextmanager
+def mounted(folder: Path, *how: str) -> Iterator[None]:
+    _mount(*how, str(folder))
+    try:
+        yield
+    finally:
+        _tool("umount", "-l", str(folder))
+
+
 def can_mount(folder: Path) -> bool:
     """Whether this account may mount a file system there."""
-    return _may_mount(folder, "-t", "tmpfs", "-o", "size=1m", "tmpfs")
+    try:
+        with mounted(folder, "-t", "tmpfs", "-o", "size=1m", "tmpfs"):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
 
 
 def can_break_a_disk(folder: Path) -> bool:
@@ -496,17 +507,9 @@ def can_break_a_disk(folder: Path) -> bool:
         file.truncate(8 << 20)
     try:
         _tool("mkfs.ext4", "-q", "-F", str(image))
-        return _may_mount(folder, *_LOOP, str(image)) and any(Path("/sys/fs/ext4").glob("*/trigger_fs_error"))
+        with mounted(folder, *_LOOP, str(image)):  # only then is it there, where no other ext4 is
+            return any(Path("/sys/fs/ext4").glob("*/trigger_fs_error"))
     except (OSError, subprocess.CalledProcessError):
         return False
     finally:
         image.unlink()
-
-
-def _may_mount(folder: Path, *how: str) -> bool:
-    try:
-        _mount(*how, str(folder))
-    except (OSError, subprocess.CalledProcessError):
-        return False
-    _tool("umount", str(folder))
-    return True
