@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from storage import artifacts
@@ -149,8 +150,10 @@ def wait_for_the_end_of(pid: int) -> None:
     """A process that is nobody's child here: polled until it is gone or a zombie."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
-        stat = Path(f"/proc/{pid}/stat")
-        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return
+        except psutil.NoSuchProcess:
             return
         time.sleep(0.05)
     raise AssertionError(f"the worker {pid} outlived its daemon")
