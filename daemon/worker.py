@@ -7,6 +7,7 @@ The end of input means that the daemon is gone: the process ends at once, whatev
 it had begun is continued from the last checkpoint. Libraries are imported by the stage that needs them.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -16,6 +17,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TextIO
 
@@ -154,7 +156,17 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in f"{type(error).__name__} {error}" for word in words)
 
 
+def _go_first_when_memory_runs_out() -> None:
+    """A training continues from its checkpoint; the bot that serves people beside it would not.
+
+    1000 is the most a process may ask for, so size does not count any more (`man 5 proc_pid_oom_score_adj`).
+    """
+    with contextlib.suppress(OSError):  # not Linux, or a container's own /proc
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def main() -> int:
+    _go_first_when_memory_runs_out()
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     warnings.simplefilter("ignore")  # libraries' warnings, about things we decided
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

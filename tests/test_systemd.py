@@ -199,13 +199,15 @@ def test_a_cycle_is_published_and_nothing_is_wrong(holdfast: Holdfast) -> None:
 
 
 def test_a_worker_that_is_killed_costs_the_service_nothing(holdfast: Holdfast) -> None:
-    """As the kernel kills one for memory. That systemd lets the daemon live then is `OOMPolicy`, not shown
-    here: the memory controller is not in this machine's hands."""
+    """As the kernel kills one for memory (`test_out_of_memory`). That systemd lets the daemon live then is
+    `OOMPolicy`, not shown here: its cgroups lack the memory controller."""
     holdfast.weights.chmod(0o644)
     holdfast.collect("shapes", train=32)
     daemon, restarts = holdfast.pid, holdfast.show("NRestarts")
     cycle = holdfast.call("retrain")["cycle"]["id"]
     assert eventually(lambda: training_step(holdfast.call("status")) > 6)
+    worker = holdfast.machine.run("pgrep", "--parent", daemon).stdout.strip()
+    assert holdfast.machine.run("cat", f"/proc/{worker}/oom_score_adj").stdout == "1000\n"
     holdfast.machine.run("pkill", "-KILL", "--parent", daemon)
     assert holdfast.call("follow", cycle=cycle)["cycle"]["state"] == "promoted"
     assert holdfast.call("show", cycle=cycle)["cycle"]["attempts"] == 1
