@@ -1,5 +1,6 @@
 """What holds for all tests, and a whole bot for those that want one."""
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,21 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Real daemons import everything, more than once a test, and the first pays for its module's bench."""
+    for item in items:
+        if item.get_closest_marker("acceptance") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that every account may enter; pytest's own is closed again by each run that starts."""
+    with tempfile.TemporaryDirectory() as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,14 @@ COMMANDS = (
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A config by `daemon init`."""
-    ran = cli(tmp_path / "none", "init", str(tmp_path / "bot"))
+    return initialised(tmp_path)
+
+
+def initialised(home: Path) -> Path:
+    ran = cli(home / "none", "init", str(home / "bot"))
     assert ran.returncode == 0, ran.stderr
-    return tmp_path / "bot" / "config.toml"
+    (home / "bot").chmod(0o755)
+    return home / "bot" / "config.toml"
 
 
 def test_init_writes_a_config_that_loads_and_a_private_state_directory(path: Path) -> None:
@@ -292,13 +297,10 @@ def test_root_who_asks_leaves_no_base_that_the_account_cannot_replace(path: Path
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
-def test_a_lock_that_root_left_behind_is_told_with_the_command_that_gives_it_back(path: Path) -> None:
-    state = config.load(path).state_dir
+def test_a_lock_that_root_left_behind_is_told_with_the_command_that_gives_it_back(public: Path) -> None:
+    state = config.load(initialised(public)).state_dir
     (state / statedir.LOCK).touch(mode=0o600)
     os.chown(state, NOBODY, NOBODY)
-    for folder in state.parents:
-        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
-            folder.chmod(0o755)
     os.seteuid(NOBODY)
     try:
         with pytest.raises(ConfigError, match=f"sudo chown -R nobody {state}"), statedir.held(state, "x"):
@@ -452,11 +454,9 @@ def test_ui_prints_where_a_remote_mlflow_is_and_a_taken_port(path: Path) -> None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act for another account")
-def test_root_acts_as_the_owner_of_the_state_directory(path: Path) -> None:
+def test_root_acts_as_the_owner_of_the_state_directory(public: Path) -> None:
+    path = initialised(public)
     state = config.load(path).state_dir
-    for folder in (state, *state.parents):
-        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
-            folder.chmod(0o755)
     os.chown(state, 65534, 65534)
     ran = cli(path, "pause")
     assert ran.returncode == 0, ran.stderr

@@ -36,6 +36,9 @@ FEW = 6  # pulls, at least
 SLOWDOWN = 10.0
 # How many times as long as its longest opening alone, or the collector's, the daemon may hold the file.
 LONGER = 20.0
+# Milliseconds for which a shared machine may stand still in one phase and not in the other; longer runs are
+# made alone on a machine.
+STALL = 0.0 if "MINUTES" in os.environ else 2000.0
 
 
 @contextmanager
@@ -111,9 +114,9 @@ def test_a_collector_that_never_stops_loses_no_row_and_waits_little(tmp_path: Pa
     assert found == sorted(f"c{n}" for n in [*range(written), *WARM]), "no row lost, none twice"
     assert sum(one.accepted for one in pulls(times)) == len(found)
     assert soak.findings(daemon) == []
-    assert longest(beside) <= LONGER * max(longest(calm), alone["worst"])
+    assert longest(beside) <= STALL + LONGER * max(longest(calm), alone["worst"])
     # It may meet the daemon at an opening, and waits for that one then; most of the time it meets nobody.
-    assert watched["worst"] <= 5 * longest(beside) + 10 * alone["worst"]
+    assert watched["worst"] <= STALL + 5 * longest(beside) + 10 * alone["worst"]
     assert watched["median"] <= 10 * alone["median"] + longest(beside) / 10
     assert slowdown <= SLOWDOWN
 

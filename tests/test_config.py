@@ -248,35 +248,30 @@ def test_a_base_is_a_place_by_its_name_or_because_it_is_there(tmp_path: Path, ba
 
 
 @pytest.fixture
-def nobody(tmp_path: Path) -> Iterator[None]:
-    """The test goes on as another account, to whom `tmp_path/closed` is closed."""
+def nobody(public: Path) -> Iterator[Path]:
+    """The test goes on as another account, to whom `closed` in this directory is closed."""
     if os.geteuid() != 0:
         pytest.skip("only root can be somebody else")
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.is_relative_to("/tmp") and folder != Path("/tmp"):
-            folder.chmod(0o755)
-    (tmp_path / "closed").mkdir(mode=0o700)
-    write(tmp_path / "closed", "").chmod(0o600)
-    write(tmp_path, "").chmod(0o666)
+    (public / "closed").mkdir(mode=0o700)
+    write(public / "closed", "").chmod(0o600)
+    write(public, "").chmod(0o666)
     os.seteuid(65534)
-    yield
+    yield public
     os.seteuid(0)
 
 
-@pytest.mark.usefixtures("nobody")
-def test_a_base_in_a_folder_that_may_not_be_entered_is_no_hub_name(tmp_path: Path) -> None:
-    settings = config.load(write(tmp_path, '[model]\nbase = "closed/base"'))
+def test_a_base_in_a_folder_that_may_not_be_entered_is_no_hub_name(nobody: Path) -> None:
+    settings = config.load(write(nobody, '[model]\nbase = "closed/base"'))
     with pytest.raises(ModelError, match="is in a folder closed to this account"):
         local_source(settings.model.base)
 
 
-@pytest.mark.usefixtures("nobody")
 def test_a_config_that_this_account_may_not_see_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nobody: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder /etc/holdfast of another account."""
-    monkeypatch.setattr(access, "HERE", tmp_path / "nowhere.toml")
-    monkeypatch.setattr(access, "SYSTEM", tmp_path / "closed" / "config.toml")
+    monkeypatch.setattr(access, "HERE", nobody / "nowhere.toml")
+    monkeypatch.setattr(access, "SYSTEM", nobody / "closed" / "config.toml")
     with pytest.raises(ConfigError, match="Permission denied"):
         config.load(access.config_path(None))
 

@@ -16,7 +16,7 @@ from tests.mlflow_server import HOST, Deed, Proxy, free_port, mlflow_server
 
 pytestmark = pytest.mark.acceptance
 
-TIMEOUT = "5"  # seconds until the client gives up a request that hangs
+TIMEOUT = "15"  # seconds until the client gives up a request that hangs
 REGISTER, RUN = "model-versions/create", "runs/create"
 
 

@@ -39,7 +39,13 @@ def analyze(tmp_path: Path, text: str, *command: str) -> subprocess.CompletedPro
         pytest.skip("systemd-analyze is not on this machine")
     path = tmp_path / "holdfast.service"
     path.write_text(text.replace(lines(text, "ExecStart")[0], "/bin/true"))
-    return subprocess.run([program, *command, str(path)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [program, *command, str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LC_ALL": "C.UTF-8"},  # else it has other signs for what is open
+        check=False,
+    )
 
 
 def test_there_is_one_unit_and_deploy_points_to_it() -> None:

@@ -4,6 +4,7 @@ Starting one costs many seconds of imports, so children are kept from test to te
 """
 
 import errno
+import fcntl
 import json
 import os
 import queue
@@ -37,7 +38,7 @@ from strategies.contract import (
 from tests.trainings import SPEC, adapter_bytes, job, lesson, run, snapshot, state
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 120  # an import of everything on a busy machine
+SECONDS = 400  # an import of everything on a busy machine
 
 
 class Child:
@@ -52,6 +53,8 @@ class Child:
             cwd=ROOT,
             text=True,
         )
+        assert self.process.stdout is not None
+        fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # it gets no further ahead than we listen
 
     def ask(self, stage: str, asked: Record | dict[str, Any]) -> None:
         assert self.process.stdin is not None

@@ -310,9 +310,9 @@ class Trial:
 
     def meets_trouble(self, daemon: WarmDaemon) -> None:
         """Asks for the cycle, and returns when it has ended, or waits, or the daemon says that it cannot."""
-        ask, deadline = True, time.monotonic() + PATIENCE
+        ask, last, since = True, None, time.monotonic()
         while daemon.process.poll() is None:
-            if time.monotonic() > deadline:
+            if time.monotonic() > since + PATIENCE:
                 raise Broken(f"nothing happened for {PATIENCE:.0f} s; see {self.home / 'daemon.log'}")
             try:
                 if ask:
@@ -325,6 +325,8 @@ class Trial:
             except HoldfastError as error:
                 self.heard.append(str(error))
                 return
+            if (activity, ended) != last:
+                last, since = (activity, ended), time.monotonic()
             if waiting := activity.get("waiting"):
                 self.heard.append(waiting["reason"])
                 return
@@ -359,7 +361,7 @@ class Trial:
                 cwd=self.home,
                 env=environment(),
             )
-            code = ran.wait(PATIENCE)
+            code = ran.wait(SECONDS)
         try:
             return dict(json.loads(said.read_text()))
         except ValueError:
