@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from daemon.erasure import content_hash, holds, is_due
+from daemon.erasure import holds, is_due
 from daemon.evidence import Evidence, Wrong, identity
+from storage.intake import content_hash
 from storage.runs import PREDICTIONS
 from storage.store import ALL
 

@@ -6,7 +6,6 @@ rest takes longer (`finish`): snapshots, results, MLflow's files, and the store'
 start goes on with what was begun; everything may be done twice.
 """
 
-import json
 import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from daemon import promote
 from daemon.settings import Settings
 from storage import artifacts
 from storage.errors import ControlError
+from storage.intake import content_hash, said, shortened
 from storage.records import Choice, Erasure, Rejected, State, StoredRow
 from storage.registry import Registry
 from storage.removals import ANSWERS, MLFLOW, Fits, fitting
@@ -148,17 +148,20 @@ def finish(settings: Settings, store: Store, registry: Registry) -> None:
         if store.is_cancelled(cycle.id):
             store.advance(cycle.id, State.CANCELLED, reason=why_cancelled(store, cycle.id))
     erased = store.erased()
-    snapshots = list(_snapshots_with(settings, erased))  # reads much: nobody has to wait for the store
+    snapshots = set(_snapshots_with(settings, erased))  # reads much: nobody has to wait for the store
     with store.transaction():
         cycles = _affected(store, store.taught())
+        # Those without the row, too: they list the labels of all that was learned.
+        names = {cycle.snapshot for cycle in store.cycles(ALL) if cycle.id in cycles and cycle.snapshot}
+        snapshots |= {settings.state_dir / "snapshots" / name for name in names}
         models = {model.cycle_id: model.version for model in store.models() if model.cycle_id in cycles}
         store.taint(list(models.values()), begun[0].id)
         why = f"erasure {begun[-1].id}"
-        paths = [f"snapshots/{path.name}" for path in snapshots if not path.name.startswith(".")]
+        paths = [f"snapshots/{path.name}" for path in sorted(snapshots) if not path.name.startswith(".")]
         paths += [path for cycle in cycles for path in _made_by(store, cycle, models.get(cycle))]
         known = store.pruned().keys()
         store.prune([(path, why) for path in dict.fromkeys(paths) if path not in known])
-    for folder in [*snapshots, *_files_with(settings, store, cycles)]:
+    for folder in [*sorted(snapshots), *_files_with(settings, store, cycles)]:
         artifacts.remove(folder)
     for parent in ("snapshots", "cycles"):  # a kill may have come after a removal and before its sync
         artifacts.sync(settings.state_dir / parent)
@@ -188,14 +191,19 @@ def _is_meant(
 ) -> bool:
     """Whether a quarantined row fits, or asks what one of the rows asks, be it in other words' order: then
     it has their text too, and would be taken in once they are gone."""
-    told = _said(refused.raw)
+    told = said(refused.raw)
+    ids = {refused.hash, refused.id, told.get("id", "").strip()}
     texts = {name: told.get(name, "") for name in ("question", "answer", "context")}
     texts["task"] = (refused.task or "").strip() or default_task  # as the intake would read it
     asked = Row(id="", task="", question=texts["question"], answer="", context=texts["context"])
     if normalise(asked.question) in questions or asked.words_key in words:
         return True
+    if (begins := shortened(asked.question)) is not None:
+        begins = normalise(begins)
+        if any(question.startswith(begins) for question in questions):
+            return True
     return (
-        wanted.row in (None, refused.hash, refused.id)
+        (wanted.row is None or wanted.row in ids)
         and wanted.source in (None, refused.source)
         and (wanted.before is None or refused.at < wanted.before)
         and fits(texts, [told.get(name, "") for name in _SEARCHED])
@@ -206,27 +214,14 @@ def _is_meant(
 _SEARCHED = ("id", "context", "question", "answer", "text")
 
 
-def _said(raw: str) -> dict[str, str]:
-    """The fields of a quarantined row that say something."""
-    return {name: str(value) for name, value in json.loads(raw).items() if value is not None}
-
-
 def _hashes(settings: Settings, store: Store, found: Plan) -> list[str]:
     """What is left of them. A refused row might be taken in once what it contradicted is gone; what was taken
     in meanwhile is a row of its own, and stays unless it is meant itself."""
     rows = [row.hash for row in found.rows]
     contents = [content_hash(each.raw, settings.source.default_task) for each in found.quarantined]
-    alive = store.survey().known(contents) - {*rows}
-    return [*rows, *(each.hash for each in found.quarantined), *(one for one in contents if one not in alive)]
-
-
-def content_hash(raw: str, default_task: str) -> str:
-    """The hash that a quarantined row would have as a row. Of a shortened one that cannot be told:
-    the intake knows it by its hash in quarantine."""
-    said = _said(raw)
-    question, answer, context = (said.get(name, "") for name in ("question", "answer", "context"))
-    task = said.get("task", "").strip() or default_task
-    return Row(id="", task=task, question=question, answer=answer, context=context).hash
+    alive = store.survey().known([one for one in contents if one]) - {*rows}
+    gone = [one for one in contents if one and one not in alive]
+    return [*rows, *(each.hash for each in found.quarantined), *gone]
 
 
 def _affected(store: Store, taught: set[int]) -> set[int]:
@@ -262,7 +257,7 @@ def _made_by(store: Store, cycle_id: int, version: int | None) -> Iterator[str]:
 
 def _snapshots_with(settings: Settings, erased: Collection[str]) -> Iterator[Path]:
     """Snapshots that hold one of the rows, and those of which nobody can tell."""
-    for folder in sorted((settings.state_dir / "snapshots").glob("*")):
+    for folder in sorted((settings.state_dir / "snapshots").glob("*/")):
         if folder.name.startswith(".") or any(holds(file, erased) for file in folder.rglob("*.parquet")):
             yield folder
 

@@ -4,6 +4,7 @@ Knows files only; free of torch, DuckDB and MLflow, so that every package may im
 is complete when it has `manifest.json`, which names every other file below with its SHA-256.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -134,8 +135,10 @@ def atomic_dir(final: str | Path, extra: Mapping[str, Any] | None = None) -> Ite
 
 def remove(directory: Path) -> None:
     """A folder, if it is there, and all that is in it, so that a power cut does not bring it back. Raises
-    `OSError` that names the whole path, which `rmtree` does not."""
+    `OSError` that names the whole path, which `rmtree` does not; of a link, what it leads to is not ours."""
     try:
+        if directory.is_symlink():
+            raise OSError(errno.ELOOP, f"it is a link to {directory.readlink()}; remove both by hand")
         if directory.exists():
             shutil.rmtree(directory)
             fsync(directory.parent)

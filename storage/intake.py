@@ -132,16 +132,16 @@ def _take_batch(
     now = store.clock()
     rows: list[tuple[RawRow, Row]] = []
     refused: list[Rejected] = []
+    erased = store.erased()
     for raw in batch:
         judged = validate(raw, spec, source=source, now=now)
         if isinstance(judged, Row):
             rows.append((raw, judged))
-        else:
+        elif not erased or content_hash(judged.raw, spec.default_task) not in erased:
             refused.append(judged)
     fresh: list[Row] = []
-    erased = store.erased()
     for (raw, row), repeated in zip(rows, store.repeats([row for _, row in rows], source), strict=True):
-        if repeated or (erased and not erased.isdisjoint(_once_refused_as(raw))):
+        if repeated or (erased and not erased.isdisjoint((row.hash, *_once_refused_as(raw)))):
             continue
         try:  # only now: what was taken in stays, and counting tokens costs more than all the rest
             _check_label(row, spec)
@@ -314,6 +314,20 @@ def _reject(raw: RawRow, refusal: _Refused, source: str, now: datetime) -> Rejec
     )
 
 
+def said(raw: str) -> dict[str, str]:
+    """The fields of a quarantined row that say something."""
+    return {name: str(value) for name, value in json.loads(raw).items() if value is not None}
+
+
+def content_hash(raw: str, default_task: str) -> str | None:
+    """The hash that a quarantined row would have as a row, if it asks anything. Of a shortened one that
+    cannot be told: `take` knows it by its hash in quarantine."""
+    told = said(raw)
+    question, answer, context = (told.get(name, "") for name in ("question", "answer", "context"))
+    task = told.get("task", "").strip() or default_task
+    return Row(id="", task=task, question=question, answer=answer, context=context).hash if question else None
+
+
 def is_as_it_came(rejected: Rejected) -> bool:
     """Whether a quarantined row has the content that its identity was made of.
 
@@ -353,5 +367,14 @@ def _shorten(value: str | int | float | bool | None) -> str | int | float | bool
     return value
 
 
+def shortened(text: str) -> str | None:
+    """What is left of a text that the quarantine has shortened; None of a whole one."""
+    found = _SHORTENED.search(text)
+    return text[: found.start()] if found else None
+
+
 def _label(value: object) -> str | None:
-    return None if value is None else _storable(value)[:200]
+    """As the intake would spell it, so that a row is found by its name wherever it is."""
+    if isinstance(value, bool):
+        value = "true" if value else "false"
+    return None if value is None else _storable(value)[:200].strip()

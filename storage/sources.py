@@ -4,6 +4,7 @@ The only opener of the collector's file. It never writes, keeps nothing and judg
 raw rows, and reads some of them more than once rather than miss one. Judging is `storage.intake`'s work.
 """
 
+import os
 import random
 import re
 import stat
@@ -17,7 +18,7 @@ from typing import Any
 import duckdb
 
 from storage import duck
-from storage.errors import SourceBusy, SourceError, SourceMissing, first_line
+from storage.errors import UNREADABLE, SourceBusy, SourceError, SourceMissing, first_line
 from storage.records import Clock, Cursor, OnConflict, utcnow
 
 REQUIRED = ("id", "question", "answer")
@@ -26,6 +27,7 @@ _HOLDER = re.compile(r"held in (?P<program>.+?) \(PID (?P<pid>\d+)\)")
 _NAME_PART = re.compile(r'"(?:[^"]|"")+"|[^."]+')
 _EPOCH = datetime(1970, 1, 1)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+_ABOUT_VALUES = (duckdb.DataError, duckdb.InvalidInputException)
 _AS_TEXT = ("TIME", "DATE", "INTERVAL", "FLOAT", "DECIMAL", "UHUGEINT", "BIT", "BIGNUM")
 
 
@@ -122,7 +124,11 @@ class DuckDBSource:
             table, after = self._read(since, after)
             # A view has no row numbers to come back to: it is read at once and handed out in slices.
             for start in range(0, table.num_rows, self.spec.batch_rows):
-                yield self._raw_rows(table.slice(start, self.spec.batch_rows))
+                try:
+                    rows = self._raw_rows(table.slice(start, self.spec.batch_rows))
+                except UNREADABLE as error:
+                    raise self._unreadable(error) from None
+                yield rows
 
     def next_cursor(self, cursor: Cursor | None) -> Cursor:
         """Where the next pull starts, once every batch is safely stored."""
@@ -181,12 +187,21 @@ class DuckDBSource:
                     highest = connection.execute(f"SELECT coalesce(max(rowid), -1) FROM {target}").fetchall()
                     self._last = int(highest[0][0])
                 table = connection.sql(self._query(target, types, since, after)).to_arrow_table()
-            except duckdb.Error as error:
-                raise SourceError(
-                    f"{self.spec.table} in {self.path} cannot be read: {first_line(error)}; "
-                    "try the table in DuckDB itself, and check source.table and source.columns"
-                ) from None
+            except (duckdb.Error, *UNREADABLE) as error:
+                raise self._unreadable(error) from None
         return table, self._go_on(table, since, after)
+
+    def _unreadable(self, error: Exception) -> SourceError:
+        """Without the value that could not be converted: it is of a row, which somebody may want erased."""
+        told = first_line(error)
+        if not isinstance(error, duckdb.Error) or isinstance(error, _ABOUT_VALUES):
+            told = re.sub("'.*'", "'…'", told)
+        elif isinstance(error, duckdb.PermissionException):
+            told += "; a view may read tables of its own file only: `daemon ingest` takes in other files"
+        return SourceError(
+            f"{self.spec.table} in {self.path} cannot be read: {told}; "
+            "try the table in DuckDB itself, and check source.table and source.columns"
+        )
 
     def _go_on(self, table: Any, since: int | None, after: int) -> int | None:
         if self._last is None:
@@ -254,10 +269,13 @@ class DuckDBSource:
     def _open(self) -> Any:
         """A read-only connection; waits for a collector that is writing."""
         waited, pause = 0.0, _FIRST_PAUSE
+        if os.path.exists(self._file) and not (os.path.isfile(self._file) or os.path.isdir(self._file)):
+            raise SourceError(f"{self._file} is a pipe or a device; set source.path to a DuckDB file")
         while True:
             try:
                 connection = duck.connect(self._file, read_only=True)
                 connection.execute("SET TimeZone = 'UTC'")  # of texts that name none
+                connection.execute("SET enable_external_access = false")  # or a view reads what we may read
                 return connection
             except duckdb.Error as error:
                 if not _is_busy(error):
@@ -332,19 +350,24 @@ def _expression(field: str, name: str, kind: str) -> str:
 
 def as_written(name: str, kind: str) -> str:
     """How a column is read. Times leave DuckDB as text: Python has no year 290000. So do numbers that Python
-    would write in another way, or Arrow not at all."""
-    return f"CAST({quote(name)} AS VARCHAR)" if kind.startswith(_AS_TEXT) else quote(name)
+    would write in another way, or Arrow not at all. What is not flat stays so, around a text."""
+    column, text = quote(name), f"CAST({quote(name)} AS VARCHAR)"
+    if kind.endswith("]"):
+        return f"CASE WHEN {column} IS NOT NULL THEN [{text}] END"
+    if kind.startswith(("STRUCT", "MAP")):
+        return f"CASE WHEN {column} IS NOT NULL THEN {{'text': {text}}} END"
+    return text if kind.startswith(_AS_TEXT) else column
 
 
 def _as_microseconds(name: str, kind: str) -> str:
     """A column of times as integers: the same for every kind of timestamp, whatever time zone the
-    connection has. NULL for what is no finite time."""
+    connection has. NULL for what is no finite time. Named in full: a collector may have a macro like that."""
     if kind == "TIMESTAMP WITH TIME ZONE":
-        return f"epoch_us({quote(name)})"
+        return f"system.main.epoch_us({quote(name)})"
     if kind.startswith(("TIMESTAMP", "DATE")):  # tried, as there are dates that no timestamp reaches
-        return f"epoch_us(TRY_CAST({quote(name)} AS TIMESTAMP))"
+        return f"system.main.epoch_us(TRY_CAST({quote(name)} AS TIMESTAMP))"
     if kind == "VARCHAR":
-        return f"epoch_us(TRY_CAST({quote(name)} AS TIMESTAMPTZ))"
+        return f"system.main.epoch_us(TRY_CAST({quote(name)} AS TIMESTAMPTZ))"
     raise SourceError(
         f"the column {name!r} is {kind}, not a timestamp; set source.columns.created_at to a TIMESTAMP "
         'column, or to "" to compare all rows at every pull'

@@ -18,7 +18,7 @@ from daemon.executor import Stop
 from daemon.flight import Flight
 from storage import removals
 from storage.errors import ControlError, Interrupted, RegistryError, RegistryUnavailable
-from storage.intake import take
+from storage.intake import content_hash, take
 from storage.records import Choice, State
 from storage.removals import Removals
 from storage.rows import Row, Split
@@ -157,7 +157,7 @@ def test_a_refused_row_is_known_again_whatever_it_lacked() -> None:
         '"question": "how many", "answer": 0',
         '"task": null, "question": "How many", "answer": "0"',
     ):
-        assert erasure.content_hash(f"{{{raw}}}", "general") == row.hash
+        assert content_hash(f"{{{raw}}}", "general") == row.hash
 
 
 @pytest.mark.parametrize("deleted", ["version", "run"])

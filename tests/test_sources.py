@@ -271,6 +271,34 @@ def test_columns_of_any_type_arrive(path: Path) -> None:
     assert row["split"] == "infinity"
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("STRUCT(a DATE, b INT[])", "{'a': DATE '290000-01-01', 'b': [1]}"),
+        ("MAP(TEXT, DATE)", "MAP {'a': DATE '290000-01-01'}"),
+        ("DATE[]", "[DATE '290000-01-01']"),
+        ("DATE[1]", "[DATE '290000-01-01']"),
+    ],
+)
+def test_what_is_not_flat_stays_so_whatever_is_in_it(path: Path, kind: str, value: str) -> None:
+    """The intake refuses the row, and not the pull."""
+    write(
+        path,
+        f"CREATE TABLE qa (id INT, task TEXT, question TEXT, answer {kind})",
+        f"INSERT INTO qa VALUES (1, 't', 'q', {value}), (2, 't', 'q', NULL)",
+    )
+    odd, none = values(SourceSpec(path=path))
+    assert isinstance(odd["answer"], dict | list)
+    assert "290000-01-01" in str(odd["answer"])
+    assert none["answer"] is None
+
+
+def test_a_macro_of_the_collectors_is_not_taken_for_ours(path: Path) -> None:
+    timed_table(path, ("a", NOW))
+    write(path, "CREATE MACRO epoch_us(x) AS 'yesterday'")
+    assert values(SourceSpec(path=path, columns=TIMED))[0]["created_at"] == NOW
+
+
 # -- names ---------------------------------------------------------------------------------------
 
 ODD = ['we"ird', "semi;colon --", "space name", "naïve", "select", "dot.ted", "'quoted'"]
@@ -351,6 +379,30 @@ def test_a_view_on_a_table_that_is_gone_is_an_error_in_words(path: Path) -> None
         values(SourceSpec(path=path, table="asked"))
 
 
+def test_a_view_reads_no_other_file_than_its_own(path: Path, tmp_path: Path) -> None:
+    """Or whoever may write views had what the daemon may read: its config, its environment, its home."""
+    (tmp_path / "secret").write_text("s3cret")
+    write(
+        path,
+        f"CREATE VIEW qa AS SELECT 1 AS id, 't' AS task, 'q' AS question, content AS answer "
+        f"FROM read_text('{tmp_path}/secret')",
+    )
+    with pytest.raises(SourceError, match="disabled by configuration; a view may read tables of its own"):
+        values(SourceSpec(path=path))
+
+
+def test_an_error_does_not_repeat_the_value_that_caused_it(path: Path) -> None:
+    write(
+        path,
+        "CREATE TABLE told (id TEXT)",
+        "INSERT INTO told VALUES ('it''s 0171-555')",
+        "CREATE VIEW qa AS SELECT id::INT AS id, 't' AS task, 'q' AS question, 'a' AS answer FROM told",
+    )
+    with pytest.raises(SourceError, match=r"Could not convert string '…' to INT32") as told:
+        values(SourceSpec(path=path))
+    assert "0171" not in str(told.value)
+
+
 # -- the file ------------------------------------------------------------------------------------
 
 
@@ -369,6 +421,13 @@ def test_a_missing_file_is_an_error_and_is_not_made(path: Path) -> None:
 def test_a_folder_in_the_place_of_the_file_is_told(path: Path) -> None:
     with pytest.raises(SourceError, match=r"is a directory; set source\.path to the DuckDB file in it"):
         values(SourceSpec(path=path.parent))
+
+
+def test_a_pipe_in_the_place_of_the_file_is_told_and_not_waited_for(path: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    path.symlink_to(tmp_path / "pipe")
+    with pytest.raises(SourceError, match=f"{tmp_path}/pipe is a pipe or a device; set source"):
+        values(SourceSpec(path=path))
 
 
 def test_a_file_in_a_closed_folder_is_not_called_missing(path: Path) -> None:
