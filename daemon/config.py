@@ -6,6 +6,7 @@ wrong is said in one line a problem: the key, the value and the fix.
 
 import json
 import os
+import stat
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def load(path: Path) -> Settings:
     Raises `ConfigError` with one line for each problem: the key, the value and the fix.
     """
     try:
+        _check_is_file(path)
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
@@ -43,6 +45,8 @@ def load(path: Path) -> Settings:
         both = "strategy" in str(error) and "twice" in str(error)
         hint = "; write strategy = [...] or the table [strategy], not both" if both else ""
         raise ConfigError(f"{path} is not valid TOML: {error}{hint}") from None
+    except ValueError:  # Python reads no longer ones
+        raise ConfigError(f"{path} is not valid TOML: it has a number of more than 4300 digits") from None
     except RecursionError:
         raise ConfigError(f"{path} is not valid TOML: it is nested too deeply") from None
     _check_environment()
@@ -61,6 +65,16 @@ def load(path: Path) -> Settings:
 
     schedule.parse(settings.schedule.cron, settings.schedule.timezone)
     return _absolute(settings, path.resolve().parent)
+
+
+def _check_is_file(path: Path) -> None:
+    """A pipe that nobody writes to would be waited for without end. What a shell passes on is read."""
+    mode = path.stat().st_mode
+    passed_on = path.is_relative_to("/dev") or path.is_relative_to("/proc")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or passed_on):
+        raise ConfigError(
+            f"the config file {path} is no regular file but a pipe, socket or device; correct --config"
+        )
 
 
 def render(state_dir: Path | None = None) -> str:
@@ -198,6 +212,8 @@ def _explain(problem: Any) -> str:
             message += ", without quotes"
     if problem["type"] == "string_pattern_mismatch":
         message = _PATTERNS.get(setting, message)
+    if problem["loc"][0] == "mlflow":  # a password is where it should be only if all else is
+        return f"{key} = (not shown, it may hold a password): {message}"
     return redact(f"{key} = {problem['input']!r}: {message}")
 
 

@@ -1,7 +1,7 @@
 """What people see: tables, the accuracy matrix, live progress. Takes the operations' plain values.
 
-Prints and nothing else. Texts from rows and models are shown, never interpreted: no markup, no
-terminal control codes.
+Prints and nothing else. Texts from rows and models are shown, never interpreted: no markup, no codes of
+emojis, no terminal control codes.
 """
 
 import sys
@@ -45,11 +45,11 @@ _OUTCOMES = {
 
 def out() -> Console:
     width = None if sys.stdout.isatty() else UNLIMITED  # a pipe gets whole lines
-    return Console(markup=False, highlight=False, width=width)
+    return Console(markup=False, emoji=False, highlight=False, width=width)
 
 
 def err() -> Console:
-    return Console(markup=False, highlight=False, stderr=True)
+    return Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 
 def harmless(told: Any) -> Any:

@@ -104,23 +104,28 @@ class ControlServer:
                 log.warning("control socket: %s", error, extra={"action": "control-error"})
                 threading.Event().wait(0.1)  # out of file descriptors: some will be freed
                 continue
+            self._begin(client)
+
+    def _begin(self, client: socket.socket) -> None:
+        """A thread for the client, or the word that there is none."""
+        if not self._clients.acquire(blocking=False):
+            return _refuse(client, f"{MAX_CLIENTS} clients are connected; try again later")
+        try:
             threading.Thread(target=self._serve, args=(client,), name="client", daemon=True).start()
+        except RuntimeError as error:  # the system's limit on threads, or on memory: others will end
+            self._clients.release()
+            log.warning("control socket: %s", error, extra={"action": "control-error"})
+            _refuse(client, f"the daemon cannot take another client now ({error}); try again later")
 
     def _serve(self, client: socket.socket) -> None:
-        with client:
-            client.settimeout(REPLY_SECONDS)
-            if not self._clients.acquire(blocking=False):
-                with suppress(OSError):
-                    _send(
-                        client, _error(ControlError(f"{MAX_CLIENTS} clients are connected; try again later"))
-                    )
-                return
-            try:
+        try:
+            with client:
+                client.settimeout(REPLY_SECONDS)
                 _send(client, self._answer(client))
-            except (OSError, ClientGone):
-                pass
-            finally:
-                self._clients.release()
+        except (OSError, ClientGone):
+            pass
+        finally:
+            self._clients.release()
 
     def _answer(self, client: socket.socket) -> dict[str, Any]:
         """The last line of the conversation."""
@@ -162,7 +167,8 @@ class Client:
         request = {"command": command, "args": args, "for": os.environ.get("SUDO_USER", "")}
         with self._connect() as line:
             try:
-                line.sendall(json.dumps(request).encode() + b"\n")
+                with suppress(BrokenPipeError):  # a daemon that refuses does not listen first, and says why
+                    line.sendall(json.dumps(request).encode() + b"\n")
                 with line.makefile("rb") as answers:
                     for answer in answers:
                         yield json.loads(answer)
@@ -282,6 +288,13 @@ def _tell(client: socket.socket, event: dict[str, Any]) -> None:
         _send(client, {"event": event})
     except OSError as error:
         raise ClientGone from error
+
+
+def _refuse(client: socket.socket, why: str) -> None:
+    """Waits for nobody: the thread that says it is the one that accepts."""
+    with client, suppress(OSError):
+        client.setblocking(False)
+        _send(client, _error(ControlError(why)))
 
 
 def _send(client: socket.socket, message: dict[str, Any]) -> None:

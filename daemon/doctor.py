@@ -221,7 +221,7 @@ def mlflow(settings: Settings) -> Check:
     shown = redact(uri, uri)
     problem = obstacle(uri)
     if problem:
-        return fail("mlflow", f"{shown}: {problem}")
+        return fail("mlflow", f"{shown}: {redact(problem, uri)}")
     database = sqlite_path(uri)
     if database is not None and not database.exists():
         return ok("mlflow", f"{shown}, made at the first start")

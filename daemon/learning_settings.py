@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
-from daemon.section import Positive, Section, Share
+from daemon.section import Minutes, Natural, Positive, Section, Share
 from strategies import combinations
 from strategies.contract import StrategySpec
 
@@ -25,7 +25,7 @@ class Model(Section):
         "Answer the question.",
         description='System message put before every question; "" leaves it to the chat template.',
     )
-    max_tokens: int = Field(
+    max_tokens: Positive = Field(
         384,
         ge=16,
         description="Tokens a question and its answer may take together; longer rows are quarantined.",
@@ -68,13 +68,13 @@ class Training(Section):
     warmup: Share = Field(0.1, description="Share of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     clip_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
-    patience: int = Field(
-        2, ge=0, description="Epochs without a better validation loss before stopping; 0: never stop early."
+    patience: Natural = Field(
+        2, description="Epochs without a better validation loss before stopping; 0: never stop early."
     )
     checkpoint_steps: Positive = Field(25, description="Optimiser steps between two checkpoints.")
-    seed: int = Field(0, ge=0, description="Same snapshot, configuration and seed: same adapter.")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: as many as torch chooses.")
-    time_limit: Positive = Field(
+    seed: Natural = Field(0, description="Same snapshot, configuration and seed: same adapter.")
+    threads: Natural = Field(0, description="CPU threads; 0: as many as torch chooses.")
+    time_limit: Minutes = Field(
         240, description="Minutes a cycle's worker may take in one stage before it is stopped and failed."
     )
 
@@ -104,7 +104,7 @@ class StrategySettings(Section):
         description=f"A list of {', '.join(combinations.METHODS)}; or [] to protect nothing; "
         'or "auto", which tries a few and keeps what is best on validation rows.',
     )
-    auto_minutes: Positive = Field(
+    auto_minutes: Minutes = Field(
         60, description="auto only: minutes that the trainings it compares may take together, one at least."
     )
     replay_size: Positive = Field(

@@ -1,7 +1,8 @@
 """`daemon ui`: MLflow's own pages, as a process of their own beside the daemon.
 
 Turns into `mlflow server` (one worker, no job runners: a third of the memory) on this machine's
-loopback address only: the pages have no password.
+loopback address only: the pages have no password. That of the database goes through the environment:
+the arguments of a process are for everybody to see.
 """
 
 import os
@@ -38,9 +39,10 @@ def _become_server(uri: str, settings: Settings, port: int) -> NoReturn:
     environment = {
         **os.environ,
         **_ENVIRONMENT,
+        "MLFLOW_BACKEND_STORE_URI": uri,
         "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
     }
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command = [sys.executable, "-m", "mlflow", "server"]
     command += ["--artifacts-destination", str(settings.state_dir / "artifacts")]
     command += ["--host", HOST, "--port", str(port), "--workers", "1"]
     sys.stdout.flush()

@@ -27,7 +27,7 @@ from pydantic_settings import (
 )
 
 from daemon.learning_settings import Lora, Model, StrategySettings, Training, long_form
-from daemon.section import Positive, Section, Share
+from daemon.section import YEARS, Minutes, Natural, Positive, Section, Share
 from storage.reach import known_scheme
 from storage.records import OnConflict
 from storage.rows import normalise
@@ -35,7 +35,6 @@ from storage.rows import normalise
 ENV_PREFIX = "HOLDFAST_"
 
 File = Annotated[Path, Field(strict=False)]  # TOML has no paths, only text
-_YEARS = 100  # no setting in hours or days means longer
 # Schemes without a host or a file, and SQLite in memory, which would lose the versions with the process.
 _NOWHERE = re.compile(r"sqlite(?!:///.)|sqlite:///:memory:|.*:///?$")
 
@@ -85,11 +84,11 @@ class Source(Section):
     overlap_hours: float = Field(
         48,
         ge=0,
-        le=_YEARS * 366 * 24,
+        le=YEARS * 366 * 24,
         description="Hours before the newest row seen that are read again, for late rows.",
     )
     full_scan_days: float = Field(
-        7, ge=0, le=_YEARS * 366, description="Days after which everything is compared once more."
+        7, ge=0, le=YEARS * 366, description="Days after which everything is compared once more."
     )
     batch_rows: Positive = Field(20_000, description="Rows read under one short lock.")
     busy_timeout: float = Field(
@@ -158,9 +157,7 @@ class Rescue(Section):
         le=10,
         description="Further candidates at most: blends with the champion, then more protection. 0: none.",
     )
-    minutes: Positive = Field(
-        120, le=_YEARS * 366 * 24 * 60, description="Minutes that all attempts of a cycle may take together."
-    )
+    minutes: Minutes = Field(120, description="Minutes that all attempts of a cycle may take together.")
     probe_rows: Positive = Field(
         64, description="Validation rows of each task, at most, by which a blend is chosen."
     )
@@ -172,18 +169,17 @@ class Retention(Section):
     champions: Positive = Field(
         30, description="Past champions, the newest, whose files are kept: what can be rolled back to."
     )
-    rejected: int = Field(3, ge=0, description="Rejected versions, the newest, whose adapters are kept.")
-    predictions: int = Field(
+    rejected: Natural = Field(3, description="Rejected versions, the newest, whose adapters are kept.")
+    predictions: Natural = Field(
         30,
-        ge=0,
         description="Rejected versions, the newest, whose answers are kept. The numbers of others stay, but "
         "cannot be computed again.",
     )
-    snapshots: int = Field(
-        10, ge=0, description="Snapshots, the newest, that are kept beside those of kept versions."
+    snapshots: Natural = Field(
+        10, description="Snapshots, the newest, that are kept beside those of kept versions."
     )
-    checkpoints: int = Field(
-        0, ge=0, description="Failed and cancelled cycles, the newest, whose unfinished work is kept."
+    checkpoints: Natural = Field(
+        0, description="Failed and cancelled cycles, the newest, whose unfinished work is kept."
     )
 
 

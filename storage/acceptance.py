@@ -161,9 +161,10 @@ class _Desk:
         return None
 
     def _store(self, row: Row, row_hash: str, key: str, question_key: str, words_key: str) -> None:
-        """A question's split is the first that it or a near-duplicate got, whatever a later answer says."""
+        """A question's split is the first that it or a near-duplicate got, whatever a later answer says. It
+        is derived from the words: who picks their order does not pick the split of who asks likewise."""
         near = self.words.get(words_key, (None, ""))[0]
-        split = self.splits.get(question_key) or row.split or near or _derive(question_key, self.shares)
+        split = self.splits.get(question_key) or row.split or near or _derive(words_key, self.shares)
         self.splits[question_key] = split
         self.words.setdefault(words_key, (split, row.id))
         self.answers.setdefault(key, {})[row_hash] = Answer(
@@ -231,10 +232,10 @@ def spelled_alike(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     ]
 
 
-def _derive(question_key: str, shares: tuple[float, float] | None) -> Split:
+def _derive(words_key: str, shares: tuple[float, float] | None) -> Split:
     assert shares is not None, "a new question without a split needs shares to derive it"
     validation, suite = shares
-    return derive_split(question_key, validation=validation, suite=suite)
+    return derive_split(words_key, validation=validation, suite=suite)
 
 
 def _reject(row: Row, reason: str, detail: str, source: str, now: datetime) -> Rejected:

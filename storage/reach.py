@@ -1,7 +1,8 @@
 """Can a tracking URI be used at all? Answered in seconds, before a client starts its long retries.
 
 Knows URIs, sockets and the first bytes of an SQLite file; opens no database and imports no client
-library. A password in a URI never reaches a message: `redact` is for everything that is shown.
+library. A password in a URI never reaches a message: `redact` is for everything that is shown, and what
+the standard library says of a URI, which repeats parts of it, is never passed on.
 """
 
 import re
@@ -14,21 +15,38 @@ _SECONDS = 5.0
 _PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _SQLITE = "sqlite:///"
 _SQLITE_MAGIC = b"SQLite format 3\0"
-_USERINFO = re.compile(r"(://[^:/@\s]*):[^/\s]*@")
-_IN_QUERY = re.compile(r"([?&][^=&\s]*(?:pass|pwd|secret|token|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE)
+# Up to the last @: SQLAlchemy takes a password with / ? # in it as it is. What stands alone is a token.
+_USERINFO = re.compile(
+    r"""(?<![\w+.-])
+        (?!(?:postgresql|mysql|mssql)[\w+.-]*://[^:/?#@\s]+@(?!\S*@))  # to a database, it is a user's name
+        (?P<before>[\w+.-]*://
+            (?!/|[^:@?#\s]*/[^:@?#\s]*\?\w+=)  # a file has no user; nor has a host with an @ in its query
+            (?:[^:/?#@\s]+:(?!@))?)
+        (?P<secret>\S+)(?=@)""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_IN_QUERY = re.compile(
+    r"(?P<before>[?&][^=&\s]*(?:pass|pwd|secret|token|key|odbc_connect)[^=&\s]*=)(?P<secret>[^&\s'\"]+)",
+    re.IGNORECASE,
+)
+_TELLING = 3  # characters: a shorter part of a password is in too many words to be taken out of them
+_ENCODED = "special characters of a password are percent-encoded (/ is %2F, ? is %3F, # is %23, @ is %40)"
 
 
 def redact(text: str, uri: str = "") -> str:
-    """`text` without the passwords of `uri`, and without any other `://user:password@` or `?password=`."""
-    text = _IN_QUERY.sub(r"\1***", _USERINFO.sub(r"\1:***@", text))
-    secrets = [
-        urlsplit(uri).password or "",
-        *(given[0].partition("=")[2] for given in _IN_QUERY.finditer(uri)),
-    ]
-    forms = {form for secret in secrets for form in (secret, unquote(secret)) if form}
-    for form in sorted(forms, key=len, reverse=True):
+    """`text` without the secrets of `uri`, and without any other `://user:password@` or `?password=`."""
+    for form in sorted(_forms(uri), key=len, reverse=True):
         text = text.replace(form, "***")
-    return text
+    return _IN_QUERY.sub(r"\g<before>***", _USERINFO.sub(r"\g<before>***", text))
+
+
+def _forms(uri: str) -> set[str]:
+    """The secrets of a URI, as they are written, as they are meant, and in the parts that others read."""
+    whole = re.sub(r"[\s'\"]", "x", uri)  # as long, and without what ends a URI in a text
+    found = [match.span("secret") for each in (_USERINFO, _IN_QUERY) for match in each.finditer(whole)]
+    secrets = {form for start, end in found for form in (uri[start:end], unquote(uri[start:end]))}
+    parts = {part for secret in secrets for part in re.split("[/?#@]", secret) if len(part) >= _TELLING}
+    return secrets | parts
 
 
 def absolute(uri: str, home: Path | None = None) -> str:
@@ -42,6 +60,10 @@ def absolute(uri: str, home: Path | None = None) -> str:
 
 def known_scheme(uri: str) -> bool:
     """Whether MLflow can keep its records at such a URI."""
+    try:
+        urlsplit(uri)
+    except ValueError:  # [ without its ], for instance
+        return False
     return "://" in uri and _scheme(uri) in {"sqlite", *_PORTS}
 
 
@@ -77,17 +99,21 @@ def _file_obstacle(path: Path) -> str | None:
 
 
 def _socket_obstacle(uri: str) -> str | None:
-    parts, scheme = urlsplit(uri), _scheme(uri)
+    scheme = _scheme(uri)
     try:
+        parts = urlsplit(uri)
         port = parts.port or _PORTS.get(scheme)
-    except ValueError as error:
-        return str(error)
+    except ValueError:
+        return f"its host and port cannot be read: a port is a number up to 65535, and {_ENCODED}"
     if not parts.hostname or port is None or _through_proxy(scheme, parts.hostname):
         return None
     try:
         socket.create_connection((parts.hostname, port), timeout=_SECONDS).close()
-    except OSError as error:
-        return f"nothing answers at {parts.hostname}:{port} ({error.strerror or error})"
+    except (OSError, UnicodeError) as error:  # the second for a name that no host can have
+        why = getattr(error, "strerror", None) or error
+        if "@" in uri.partition(parts.netloc)[2]:  # then this host may be the beginning of a password
+            return f"nothing answers at its host ({why}); {_ENCODED}"
+        return f"nothing answers at {parts.hostname}:{port} ({why})"
     return None
 
 
@@ -96,4 +122,4 @@ def _through_proxy(scheme: str, host: str) -> bool:
 
 
 def _scheme(uri: str) -> str:
-    return urlsplit(uri).scheme.partition("+")[0]  # postgresql+psycopg2
+    return uri.partition(":")[0].partition("+")[0].lower()  # postgresql+psycopg2

@@ -90,14 +90,15 @@ class Row:
 
     @property
     def question_key(self) -> str:
-        """What is asked, without the task: 32 hex digits. Decides the split, so that the same
+        """What is asked, without the task: 32 hex digits. Has one split, so that the same
         question under two tasks cannot be trained on in one and examined in the other."""
         return _digest(normalise(self.context), normalise(self.question))
 
     @property
     def words_key(self) -> str:
         """Which words are asked, in any order and with any punctuation: 32 hex digits. Questions with the
-        same words are near-duplicates: what was learned of one says what to answer to the other."""
+        same words are near-duplicates: what was learned of one says what to answer to the other. Decides the
+        split of a question that comes without one."""
         return _digest(words(self.context), words(self.question))
 
     @property
@@ -113,9 +114,9 @@ class Row:
         )
 
 
-def derive_split(question_key: str, *, validation: float, suite: float) -> Split:
-    """The split of a question, uniform in the hash: `suite` and `validation` are shares in [0, 1)."""
-    place = int(question_key[:16], 16) / 16**16
+def derive_split(key: str, *, validation: float, suite: float) -> Split:
+    """The split of what has this key, uniform in the hash: `suite` and `validation` are shares in [0, 1)."""
+    place = int(key[:16], 16) / 16**16
     if place < suite:
         return Split.SUITE
     return Split.VALIDATION if place < suite + validation else Split.TRAIN

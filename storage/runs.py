@@ -21,6 +21,8 @@ MATRIX = "accuracy_matrix"
 _PICTURED = 30  # rows of the heat map beside the base's
 _KEY_LENGTH, _TAG_LENGTH = 250, 5000  # what every MLflow backend stores
 _ILLEGAL = re.compile(r"[^\w\-. :]", re.ASCII)
+_DIGEST = 16  # hex digits: with six, somebody who seeks finds two names of one metric in a second
+_DIGESTED = re.compile(rf"-[0-9a-f]{{{_DIGEST}}}\Z")
 
 Point = tuple[str, float | None, int]  # name, value, step
 
@@ -142,13 +144,16 @@ def _write_trade_off(folder: Path, curves: Sequence[TradeOff]) -> None:
 
 
 def key(name: str) -> str:
-    """`name` as MLflow takes it for a metric, parameter or tag. Different names stay different."""
+    """`name` as MLflow takes it for a metric, parameter or tag. Different names stay different.
+
+    So a legal name that looks like one with a digest gets one, too.
+    """
     parts = [_ILLEGAL.sub("_", part) or "_" for part in name.split("/")]
     legal = "/".join("_" * len(part) if part in (".", "..") else part for part in parts)
-    if legal == name and len(name) <= _KEY_LENGTH:
+    if legal == name and len(name) <= _KEY_LENGTH and not _DIGESTED.search(name):
         return name
-    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:6]
-    return f"{legal[: _KEY_LENGTH - 7]}-{digest}"
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:_DIGEST]
+    return f"{legal[: _KEY_LENGTH - _DIGEST - 1]}-{digest}"
 
 
 def tag(value: object) -> str:

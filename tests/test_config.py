@@ -139,12 +139,18 @@ def test_paths_are_relative_to_the_file_not_to_the_shell(tmp_path: Path) -> None
         ("[source]\noverlap_hours = inf", ["source.overlap_hours = inf", "finite"]),
         ('[source]\npath = "~nosuch/qa.duckdb"', ["source.path", "no such account"]),
         ('[model]\nbase = "~nosuch/base"', ["model.base", "no such account"]),
-        ('[mlflow]\ntracking_uri = "./mlruns"', ["mlflow.tracking_uri = './mlruns'", "sqlite:///"]),
-        ('[mlflow]\ntracking_uri = "htp://nope"', ["mlflow.tracking_uri = 'htp://nope'"]),
-        ('[mlflow]\ntracking_uri = "sqlite://"', ["mlflow.tracking_uri = 'sqlite://'"]),
+        (
+            "[retention]\nsnapshots = 9223372036854775807",
+            ["retention.snapshots = 9223", "or equal to 2147483647"],
+        ),
+        ("[training]\ntime_limit = 52704001", ["training.time_limit = 52704001", "less than or equal to"]),
+        (f"[training]\nepochs = 1{'0' * 5000}", ["not valid TOML", "more than 4300 digits"]),
+        ('[mlflow]\ntracking_uri = "./mlruns"', ["mlflow.tracking_uri = (not shown", "sqlite:///"]),
+        ('[mlflow]\ntracking_uri = "htp://nope"', ["mlflow.tracking_uri"]),
+        ('[mlflow]\ntracking_uri = "sqlite://"', ["mlflow.tracking_uri"]),
         ('[mlflow]\ntracking_uri = "sqlite:///:memory:"', ["mlflow.tracking_uri"]),
-        ('[mlflow]\ntracking_uri = "http://"', ["mlflow.tracking_uri = 'http://'"]),
-        ('[mlflow]\ntracking_uri = "htp://ann:secret@nope"', ["mlflow.tracking_uri = 'htp://ann:***@nope'"]),
+        ('[mlflow]\ntracking_uri = "http://"', ["mlflow.tracking_uri"]),
+        ('[mlflow]\ntracking_uri = "http://["', ["mlflow.tracking_uri", "sqlite:///"]),
         ('[schedule]\ncron = "0 0 31 2 *"', ["schedule.cron", "never happens"]),
     ],
 )
@@ -152,6 +158,67 @@ def test_a_mistake_is_named_with_its_value_and_a_fix(tmp_path: Path, text: str, 
     told = complaint(tmp_path, text)
     for word in words:
         assert word in told
+
+
+SECRETS = [
+    'tracking_uri = "ann:s3cr@db.example.org/mlflow"',
+    'tracking_uri = "htp://ann:s3cr@nope"',
+    'tracking_uri = "http:/ann:s3cr@nope"',
+    'tracking_uri = "http://[s3cr"',
+    'tracking_uri = "http://[s3cr]"',
+    'tracking_uri = "http://ann:s3cr\\u2100@nope"',
+    'tracking_uri = {password = "s3cr"}',
+    'tracking_uri = ["s3cr"]',
+]
+
+
+@pytest.mark.parametrize("text", [*(f"[mlflow]\n{text}" for text in SECRETS), 'mlflow = "ann:s3cr@db"'])
+def test_a_mistake_in_where_mlflow_is_repeats_no_password(tmp_path: Path, text: str) -> None:
+    told = complaint(tmp_path, text)
+    assert "mlflow" in told
+    assert "s3cr" not in told
+
+
+@pytest.mark.parametrize("variable", ["HOLDFAST_MLFLOW", "HOLDFAST_MLFLOW__TRACKING_URI"])
+@pytest.mark.parametrize("value", ["ann:s3cr@db", '"ann:s3cr@db"', '{"tracking_uri": {"password": "s3cr"}}'])
+def test_a_mistake_in_the_environment_repeats_no_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert "s3cr" not in complaint(tmp_path, "")
+
+
+def whole_numbers() -> list[str]:
+    return [
+        f"{name}.{key}"
+        for name, field in settings.Settings.model_fields.items()
+        for key, entry in getattr(field.annotation, "model_fields", {}).items()
+        if entry.annotation is int
+    ]
+
+
+@pytest.mark.parametrize("key", whole_numbers())
+@pytest.mark.parametrize("number", [2**63 - 1, 10**400], ids=["2^63-1", "10^400"])
+def test_every_whole_number_has_an_end(tmp_path: Path, key: str, number: int) -> None:
+    """Beyond it the libraries break, in the middle of a cycle."""
+    section, name = key.split(".")
+    told = complaint(tmp_path, f"[{section}]\n{name} = {number}")
+    assert f"{key} = {number}: should be less than or equal to " in told
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_no_config_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.toml")
+    with pytest.raises(ConfigError, match=r"config\.toml is no regular file but a pipe.*--config"):
+        config.load(tmp_path / "config.toml")
+
+
+def test_what_a_shell_passes_on_is_a_config() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b'[bot]\nname = "piped"\n')
+    os.close(writing)
+    assert config.load(Path(f"/dev/fd/{reading}")).bot.name == "piped"
+    os.close(reading)
 
 
 def test_several_mistakes_are_all_told_one_line_each(tmp_path: Path) -> None:

@@ -142,6 +142,46 @@ def test_many_clients_at_once_are_all_answered(server: ControlServer) -> None:
     assert sorted(result["n"] for result in results) == list(range(30))
 
 
+def test_a_client_beyond_the_limit_is_told_so_and_gets_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "MAX_CLIENTS", 2)
+    started: list[str] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda thread: (started.append(thread.name), start(thread))
+    )
+    serving = ControlServer(tmp_path / "control.sock", answer)
+    serving.start()
+    held = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2)]
+    for line in held:
+        line.connect(str(serving.path))
+    for _ in range(20):
+        with pytest.raises(ControlError, match="2 clients are connected; try again later"):
+            Client(serving.path).call("echo")
+    assert started.count("client") == 2
+    for line in held:
+        line.close()
+    serving.close()
+
+
+def test_without_a_thread_for_a_client_the_next_one_is_answered(
+    server: ControlServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The account's processes are at their limit for a moment."""
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        for _ in range(control.MAX_CLIENTS + 1):
+            with pytest.raises(ControlError, match="cannot take another client now"):
+                Client(server.path, timeout=10).call("echo")
+    assert server.alive()
+    assert Client(server.path).call("echo", a=1) == {"a": 1}
+
+
 def test_the_kernel_says_who_asks_and_only_root_may_speak_for_another(
     server: ControlServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

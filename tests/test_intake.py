@@ -502,7 +502,7 @@ def test_what_another_limit_of_tokens_or_rule_for_conflicts_kept_out_is_read_aga
 
     def take_in(spec: SourceSpec, max_tokens: int) -> IntakeReport:
         found = DuckDBSource(spec, clock=lambda: NOW)
-        return pull(found, store, shares=SHARES, count_tokens=lambda q, a: len(a), max_tokens=max_tokens)
+        return pull(found, store, shares=(0.0, 0.0), count_tokens=lambda q, a: len(a), max_tokens=max_tokens)
 
     assert take_in(strict, 6).rejected > 0
     assert take_in(strict, 6).read == 1, "the others are older than what is read again"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from daemon import report
 from storage.database import SQL, Database
 from storage.records import StoredRow, utcnow
-from storage.rows import Row, Split, words
+from storage.rows import Row, Split, derive_split, words
 from storage.store import Store
 from tests.bots import Bot, lesson
 
@@ -119,6 +119,17 @@ def test_without_a_split_of_its_own_a_near_duplicate_goes_where_the_other_is(sto
     assert len(splits) == 200
     assert all(len(found) == 2 and len(set(found)) == 1 for found in splits.values())
     assert {found[0] for found in splits.values()} == {*Split}
+
+
+def test_who_picks_the_order_of_the_words_does_not_pick_the_split(tmp_path: Path) -> None:
+    """Or a row that comes first, in the right order, kept the question of somebody else out of training."""
+    given = ["how", "do", "i", "cancel", "an", "order", "that", "was", "sent"]
+    for n in range(20):
+        random.Random(n).shuffle(given)
+        with Store.open(tmp_path / f"{n}.duckdb") as store:
+            store.accept([row(" ".join(given))], "inbox", shares=SHARES)
+            (found,) = everything(store)
+            assert found.split == derive_split(found.words_key, validation=SHARES[0], suite=SHARES[1])
 
 
 def test_of_several_near_duplicates_the_first_decides_where_the_next_goes(store: Store) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon import journal, operations
+from daemon import console, journal, operations
 from daemon.console import harmless
 from storage.records import State
 from strategies.replay_memory import memory_hashes
@@ -92,6 +92,17 @@ def test_what_people_read_is_not_what_a_terminal_obeys() -> None:
     assert obeyed(repr(told)) == set()
     kept = "naïve\u00a0« oui »\u202f! 漢字\u3000かな 👩\u200d🚀 می\u200cخواهم\n\tend"
     assert journal.printable(kept) == kept
+
+
+def test_codes_of_emojis_and_markup_are_shown_to_the_letter(capsys: pytest.CaptureFixture[str]) -> None:
+    name = ":smile: [red]billing[/red]"
+    for made in (console.out(), console.err()):
+        table = console._table("task")
+        table.add_row(name)
+        made.print(table)
+        made.print(f"It learned {name}")
+    told = capsys.readouterr()
+    assert told.out.count(name) == told.err.count(name) == 2
 
 
 def test_a_flood_of_one_task_takes_no_room_from_the_others_and_no_veto(tmp_path: Path, base: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from storage.errors import IntegrityError, RegistryError, RegistryUnavailable
-from storage.reach import redact
+from storage.reach import obstacle, redact
 from storage.registry import CycleRecord, Matrix, Registry
-from storage.runs import write_matrix
+from storage.runs import key, write_matrix
 from tests.mlflow_server import free_port, mlflow_server
 
 ROOT = Path(__file__).parent.parent
@@ -206,6 +206,16 @@ def test_task_names_are_only_ever_text(tmp_path: Path, registry: Registry) -> No
     assert not list(tmp_path.rglob("out.md"))
 
 
+def test_no_two_names_become_one_in_mlflow() -> None:
+    """Names of tasks come from rows: somebody may look for two that do."""
+    assert key("suite/仝七/candidate") != key("suite/兠七/candidate")  # six digits of their hashes agree
+    assert key("suite/general/candidate") == "suite/general/candidate"
+    for name in ("suite/é", "suite/a?b/candidate", "x" * 400):
+        digested = key(name)
+        assert len(digested) <= 250
+        assert key(digested) != digested, "a task may be called like this"
+
+
 # --- failures, stream, aliases --------------------------------------------------------------
 
 
@@ -319,6 +329,69 @@ def test_a_password_never_stays_in_a_message() -> None:
     assert redact(f"{uri}: password 's3cr@t' refused", uri) == (
         "postgresql://db/mlflow?user=ana&password=***&sslmode=require: password '***' refused"
     )
+
+
+# As SQLAlchemy, requests and people take them, with everything that is no secret.
+SECRETIVE = {
+    "postgresql://ana:s3cr/etPW@db.example.org/mlflow": "postgresql://ana:***@db.example.org/mlflow",
+    "postgresql+psycopg2://ana:s3cr@etPW@db/mlflow": "postgresql+psycopg2://ana:***@db/mlflow",
+    "postgresql://ana:s3cr etPW@db/mlflow": "postgresql://ana:***@db/mlflow",
+    "https://ana:s3cr#etPW@db": "https://ana:***@db",
+    "https://ana:s3cr?etPW@db": "https://ana:***@db",
+    "https://ana:12/s3cretPW@db": "https://ana:***@db",
+    "https://s3cretPW@db": "https://***@db",
+    "https://s3cr/etPW@db": "https://***@db",
+    "https://s3cretPW:@db": "https://***@db",
+    "http://[::1:s3cretPW@db": "http://[:***@db",
+    "http://ana:s3cr\u2100etPW@db": "http://ana:***@db",
+    "mssql+pyodbc:///?odbc_connect=UID%3Dana%3BPWD%3Ds3cretPW": "mssql+pyodbc:///?odbc_connect=***",
+}
+
+
+@pytest.mark.parametrize("uri", SECRETIVE)
+def test_no_part_of_a_password_is_told_however_it_is_written(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    assert redact(uri, uri) == SECRETIVE[uri]
+    assert not {part for part in ("s3cr", "etPW", "ana:12") if part in str(obstacle(uri))}
+    said = f"cannot open {uri}: no host {uri.partition('//')[2]!r}"
+    assert not {part for part in ("s3cr", "etPW") if part in redact(said, uri)}
+
+
+def test_a_part_of_a_password_that_a_driver_takes_for_a_host_is_not_told() -> None:
+    uri = "mysql://ana:s3cr@etPW@db/mlflow"
+    assert redact("no host 'etPW@db', nor s3cr", uri) == "no host '***@db', nor ***"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite:///path/with@sign.db",
+        "sqlite:////var/a:b@c.db",
+        "file:///srv/with@sign",
+        "postgresql://ana@db.example.org/mlflow",
+        "postgresql:///mlflow?user=ana@corp",
+        "postgresql://db.example.org/mlflow?user=ana@corp&sslmode=require",
+        "http://127.0.0.1:5000/team",
+    ],
+)
+def test_a_uri_without_a_secret_stays_readable(uri: str) -> None:
+    assert redact(f"at {uri}: gone", uri) == f"at {uri}: gone"
+
+
+def test_a_password_that_reads_as_a_port_is_told_how_to_write_it() -> None:
+    said = obstacle("postgresql://ana:s3cr/et@db/mlflow")
+    assert said is not None
+    assert "a port is a number" in said
+    assert "/ is %2F" in said
+
+
+def test_a_host_that_cannot_be_is_told_in_words() -> None:
+    assert "nothing answers at" in str(obstacle(f"http://{'x' * 70}.example.org"))
 
 
 @pytest.mark.acceptance

@@ -60,19 +60,17 @@ def test_fields_cannot_imitate_each_other() -> None:
 
 
 def test_the_split_does_not_depend_on_task_or_answer() -> None:
-    assert row(task="a").question_key == row(task="b", answer="At ten.").question_key
+    assert row(task="a").words_key == row(task="b", answer="At ten.").words_key
 
 
 def test_shares_are_kept_on_many_questions() -> None:
-    splits = [
-        derive_split(row(f"question {n}").question_key, validation=0.1, suite=0.15) for n in range(4000)
-    ]
+    splits = [derive_split(row(f"question {n}").words_key, validation=0.1, suite=0.15) for n in range(4000)]
     assert abs(splits.count(Split.SUITE) / 4000 - 0.15) < 0.02
     assert abs(splits.count(Split.VALIDATION) / 4000 - 0.1) < 0.02
 
 
 def test_a_larger_suite_share_never_moves_a_suite_row_back() -> None:
-    keys = [row(f"question {n}").question_key for n in range(500)]
+    keys = [row(f"question {n}").words_key for n in range(500)]
     small = {key for key in keys if derive_split(key, validation=0.1, suite=0.1) is Split.SUITE}
     large = {key for key in keys if derive_split(key, validation=0.1, suite=0.2) is Split.SUITE}
     assert small < large

@@ -4,6 +4,8 @@ import ast
 import os
 import pickle
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -16,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from daemon import config, operations, publish
+from daemon import config, mlflow_ui, operations, publish
 from daemon.base import prepare_base
 from daemon.control import Request
 from daemon.executor import Stop
@@ -28,6 +30,7 @@ from strategies.base import prepare
 from strategies.contract import PrepareJob
 from strategies.model import load_base, with_adapter
 from tests.bots import Bot, commands, lesson
+from tests.mlflow_server import free_port
 from tests.toys import tiny_base, tiny_model_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,6 +201,25 @@ def test_a_password_is_in_nothing_that_is_shown_or_published(tmp_path: Path) -> 
     shown = [repr(operations.status(settings, None)), repr(publish.parameters(settings, used))]
     for text in shown:
         assert "s3cr" not in text
+
+
+def test_the_pages_of_mlflow_get_the_password_where_nobody_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody on the machine sees the arguments of a process, its own account alone the environment."""
+    (tmp_path / "config.toml").write_text(
+        '[mlflow]\ntracking_uri = "postgresql://ann:s3cr@db.example.org/mlflow"\n'
+    )
+    became: list[Any] = []
+    monkeypatch.setattr(os, "execve", lambda *given: became.extend(given))
+    mlflow_ui.serve(config.load(tmp_path / "config.toml"), free_port())
+    _, arguments, environment = became
+    assert "s3cr" not in " ".join(arguments)
+    ask = "from mlflow.cli import server; print(*(o.envvar for o in server.params if 'backend' in o.name))"
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ask], capture_output=True, text=True, check=True
+    )
+    assert environment[ran.stdout.split()[0]] == "postgresql://ann:s3cr@db.example.org/mlflow"
 
 
 def test_every_package_that_comes_with_the_project_is_pinned() -> None:
