@@ -20,7 +20,7 @@ from daemon import promote
 from daemon.settings import Settings
 from storage import artifacts
 from storage.errors import ControlError
-from storage.intake import content_hash, said, shortened
+from storage.intake import SHOWN, content_hash, said, shortened
 from storage.records import Choice, Erasure, Rejected, State, StoredRow
 from storage.registry import Registry
 from storage.removals import ANSWERS, MLFLOW, Fits, fitting
@@ -29,6 +29,7 @@ from storage.store import ALL, Store
 
 log = logging.getLogger(__name__)
 
+_LINE_END = 2  # characters after a question as it was delivered, of which a shortened copy tells nothing
 COLUMNS = ("task", "source", "question", "answer", "context")  # what --where may compare
 
 
@@ -78,11 +79,13 @@ def plan(settings: Settings, store: Store, wanted: Choice) -> Plan:
     """What `begin` would do. Raises `ControlError` when no row is meant."""
     rows = list(store.chosen_rows(wanted))
     questions = {normalise(row.question) for row in rows}
+    long = [row for row in rows if len(row.question) > SHOWN - 100]  # white space around it may be gone
     words, fits = {row.words_key for row in rows}, fitting(wanted)
     quarantined = [
         refused
         for refused in store.quarantined(ALL)
         if _is_meant(refused, wanted, fits, questions, words, settings.source.default_task)
+        or any(_is_copy(refused, row) for row in long)
     ]
     if not rows and not quarantined:
         raise ControlError("no row fits; `daemon status` names the tasks, `daemon quarantine` refused rows")
@@ -192,21 +195,32 @@ def _is_meant(
     """Whether a quarantined row fits, or asks what one of the rows asks, be it in other words' order: then
     it has their text too, and would be taken in once they are gone."""
     told = said(refused.raw)
-    ids = {refused.hash, refused.id, told.get("id", "").strip()}
+    ids = {refused.hash, refused.id, told.get("id", "").strip()} - {""}
     texts = {name: told.get(name, "") for name in ("question", "answer", "context")}
     texts["task"] = (refused.task or "").strip() or default_task  # as the intake would read it
     asked = Row(id="", task="", question=texts["question"], answer="", context=texts["context"])
     if normalise(asked.question) in questions or asked.words_key in words:
         return True
-    if (begins := shortened(asked.question)) is not None:
-        begins = normalise(begins)
-        if any(question.startswith(begins) for question in questions):
-            return True
     return (
         (wanted.row is None or wanted.row in ids)
         and wanted.source in (None, refused.source)
         and (wanted.before is None or refused.at < wanted.before)
         and fits(texts, [told.get(name, "") for name in _SEARCHED])
+    )
+
+
+def _is_copy(refused: Rejected, row: StoredRow) -> bool:
+    """Whether a row that was refused and shortened is this one: it begins alike and is as long."""
+    told = said(refused.raw)
+    if (short := shortened(told.get("question", ""))) is None:
+        return False
+    begins, length = short
+    context = shortened(told.get("context", "")) or (told.get("context", ""), len(row.context))
+    return (
+        0 <= length - (len(begins) - len(begins.lstrip())) - len(row.question) <= _LINE_END
+        and row.question.startswith(begins.lstrip())
+        and row.context.startswith(context[0])
+        and len(row.context) == context[1]
     )
 
 

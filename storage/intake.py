@@ -24,8 +24,8 @@ CountTokens = Callable[[str, str], int]  # (context and question, answer) -> tok
 _MOST_CHARACTERS = 1_000_000  # no prompt is as long; spares the tokenizer
 _LONGEST_TASK = 100  # characters: a task's name becomes part of metric names
 _LABELS_TOLD = 20
-_SHOWN = 4_000  # characters of a field that the quarantine keeps
-_SHORTENED = re.compile(r"… \(\d+ characters\)$")
+SHOWN = 4_000  # characters of a field that the quarantine keeps
+_SHORTENED = re.compile(r"… \((\d+) characters\)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,8 +324,10 @@ def content_hash(raw: str, default_task: str) -> str | None:
     cannot be told: `take` knows it by its hash in quarantine."""
     told = said(raw)
     question, answer, context = (told.get(name, "") for name in ("question", "answer", "context"))
+    if not normalise(question) or any(map(shortened, told.values())):
+        return None
     task = told.get("task", "").strip() or default_task
-    return Row(id="", task=task, question=question, answer=answer, context=context).hash if question else None
+    return Row(id="", task=task, question=question, answer=answer, context=context).hash
 
 
 def is_as_it_came(rejected: Rejected) -> bool:
@@ -337,7 +339,7 @@ def is_as_it_came(rejected: Rejected) -> bool:
         return True  # refused by the store, which keeps the very text
     try:
         values = json.loads(rejected.raw)
-        if any(isinstance(value, str) and _SHORTENED.search(value) for value in values.values()):
+        if any(isinstance(value, str) and shortened(value) for value in values.values()):
             return True
         return rejection_hash(_whole(values), rejected.reason) == rejected.hash
     except (ValueError, AttributeError, RecursionError):
@@ -362,15 +364,15 @@ def _storable(value: object) -> str:
 
 
 def _shorten(value: str | int | float | bool | None) -> str | int | float | bool | None:
-    if isinstance(value, str) and len(value) > _SHOWN:
-        return f"{value[:_SHOWN]}… ({len(value)} characters)"
+    if isinstance(value, str) and len(value) > SHOWN:
+        return f"{value[:SHOWN]}… ({len(value)} characters)"
     return value
 
 
-def shortened(text: str) -> str | None:
-    """What is left of a text that the quarantine has shortened; None of a whole one."""
+def shortened(text: str) -> tuple[str, int] | None:
+    """What is left of a text that the quarantine has shortened, and how long it was; None of a whole one."""
     found = _SHORTENED.search(text)
-    return text[: found.start()] if found else None
+    return (text[:SHOWN], int(found[1])) if found and found.start() == SHOWN else None
 
 
 def _label(value: object) -> str | None:

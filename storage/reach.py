@@ -22,14 +22,16 @@ _USERINFO = re.compile(
         (?P<before>[\w+.-]*://
             (?!/|[^:@?#\s]*/[^:@?#\s]*\?\w+=)  # a file has no user; nor has a host with an @ in its query
             (?:[^:/?#@\s]+:(?!@))?)
-        (?P<secret>\S+)(?=@)""",
+        (?P<secret>\S{1,500})(?=@)""",
     re.VERBOSE | re.IGNORECASE,
 )
 _IN_QUERY = re.compile(
-    r"(?P<before>[?&][^=&\s]*(?:pass|pwd|secret|token|key|odbc_connect)[^=&\s]*=)(?P<secret>[^&\s'\"]+)",
+    r"(?P<before>[?&][^=&\s]{0,50}(?:pass|pwd|secret|token|key|odbc_connect)[^=&\s]{0,50}=)"
+    r"(?P<secret>[^&\s'\"]+)",
     re.IGNORECASE,
 )
-_TELLING = 3  # characters: a shorter part of a password is in too many words to be taken out of them
+_TELLING = 3  # characters: a shorter password, or part of one, is in too many words to be taken out of them
+_TOKEN = 8  # and what stands alone may be a user's name, which hosts are called by too
 _ENCODED = "special characters of a password are percent-encoded (/ is %2F, ? is %3F, # is %23, @ is %40)"
 
 
@@ -43,10 +45,15 @@ def redact(text: str, uri: str = "") -> str:
 def _forms(uri: str) -> set[str]:
     """The secrets of a URI, as they are written, as they are meant, and in the parts that others read."""
     whole = re.sub(r"[\s'\"]", "x", uri)  # as long, and without what ends a URI in a text
-    found = [match.span("secret") for each in (_USERINFO, _IN_QUERY) for match in each.finditer(whole)]
+    found = [
+        match.span("secret")
+        for each in (_USERINFO, _IN_QUERY)
+        for match in each.finditer(whole)
+        if not match["before"].endswith("://") or len(match["secret"]) >= _TOKEN
+    ]
     secrets = {form for start, end in found for form in (uri[start:end], unquote(uri[start:end]))}
-    parts = {part for secret in secrets for part in re.split("[/?#@]", secret) if len(part) >= _TELLING}
-    return secrets | parts
+    parts = {part for secret in secrets for part in re.split("[/?#@]", secret)}
+    return {form for form in secrets | parts if len(form) >= _TELLING}
 
 
 def absolute(uri: str, home: Path | None = None) -> str:

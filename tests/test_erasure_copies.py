@@ -9,6 +9,7 @@ import pytest
 
 from daemon import erasure, retention
 from daemon.pull import source_spec
+from storage.errors import ControlError
 from storage.intake import take
 from storage.records import State
 from storage.sources import RawRow
@@ -74,7 +75,7 @@ def test_what_could_not_be_taken_apart_is_not_all_one_row(bot: Bot) -> None:
 
 
 def test_a_shortened_copy_goes_with_the_row(bot: Bot) -> None:
-    row = {"id": "L", "question": f"{SECRET} {'word ' * 900}", "answer": "a"}
+    row = {"id": "L", "question": f"  {SECRET} {'word ' * 900}end\n", "answer": "a"}
     deliver(bot, most=100, **row)
     deliver(bot, most=10_000, **row)
     deliver(bot, most=100, **{**row, "id": "M", "question": f"another {row['question']}"})
@@ -83,6 +84,48 @@ def test_a_shortened_copy_goes_with_the_row(bot: Bot) -> None:
     erase(bot, row=stored.hash)
     (left,) = refused(bot)
     assert "another" in left
+
+
+def test_what_only_begins_like_it_stays(bot: Bot) -> None:
+    """A long instruction before each question: the quarantine has the instruction alone."""
+    before, short = (
+        "you are a helpful bot. " * 200,
+        {"id": "L", "question": f"who is {SECRET}", "answer": "a"},
+    )
+    for name, asked in (("1", "who signs?"), ("2", "when does it end?"), ("3", "who sings?")):
+        context = "another one" if name == "3" else ""
+        deliver(bot, most=100, id=name, question=before + asked, answer="a", context=context)
+    deliver(bot, most=10_000, id="1", question=f"{before}who signs?", answer="a")
+    deliver(bot, **short)
+    for asked in ("… (12 characters)", "w… (1 characters)", " "):
+        deliver(bot, id="4", question=asked, answer=" ")
+    assert len(refused(bot)) == 6
+    erase(bot, row="1")
+    erase(bot, row="L")
+    assert len(refused(bot)) == 5
+    deliver(bot, most=10_000, id="2", question=f"{before}when does it end?", answer="a")
+    assert bot.store.row_counts() == {"t": {"train": 1}}
+
+
+def test_of_what_is_shortened_or_asks_nothing_an_erasure_is_of_that_row_alone(bot: Bot) -> None:
+    before = "you are a helpful bot. " * 200
+    for name, question in (
+        ("1", f"{before}who signs?"),
+        ("2", f"{before}who sings?"),
+        ("3", " "),
+        ("4", " "),
+    ):
+        deliver(bot, id=name, question=question, answer="a", split="odd")
+        if name in "13":
+            erase(bot, row=name)
+    assert len(refused(bot)) == 2
+    assert audited(bot) == []
+
+
+def test_no_name_names_nobody(bot: Bot) -> None:
+    deliver(bot, id="", question="who", answer="a")
+    with pytest.raises(ControlError, match="no row fits"):
+        erase(bot, row="")
 
 
 @pytest.mark.parametrize(("given", "named"), [(" 77 ", "77"), ("x" * 250, "x" * 250), (True, "true")])
@@ -98,6 +141,7 @@ def test_a_file_beside_the_snapshots_does_not_stop_it_and_a_link_is_told(bot: Bo
     (folder / ".nfs0000000012").write_text("of a file system")
     deliver(bot, id="1", question=f"who is {SECRET}", answer="a")
     erase(bot, row="1")
+    print([(r.id, r.raw[:60], r.reason) for r in bot.store.quarantined()])
     assert files_with(bot, SECRET) == []
 
     elsewhere.mkdir()

@@ -383,6 +383,20 @@ def test_a_uri_without_a_secret_stays_readable(uri: str) -> None:
     assert redact(f"at {uri}: gone", uri) == f"at {uri}: gone"
 
 
+def test_a_users_name_is_hidden_in_its_place_only() -> None:
+    uri = "https://mlflow@mlflow.example.org"
+    assert redact(f"{uri}: gone", uri) == "https://***@mlflow.example.org: gone"
+    assert redact("a host a@b is away", "https://ann:a@host") == "a host a@b is away", (
+        "too short to be sought"
+    )
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("piece", ["http://", "?key", "http://a:"])
+def test_what_a_server_answers_is_redacted_in_time_that_grows_with_it_only(piece: str) -> None:
+    assert redact(piece * 100_000) == piece * 100_000
+
+
 def test_a_password_that_reads_as_a_port_is_told_how_to_write_it() -> None:
     said = obstacle("postgresql://ana:s3cr/et@db/mlflow")
     assert said is not None
