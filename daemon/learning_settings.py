@@ -72,7 +72,9 @@ class Training(Section):
         2, description="Epochs without a better validation loss before stopping; 0: never stop early."
     )
     checkpoint_steps: Positive = Field(25, description="Optimiser steps between two checkpoints.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Same snapshot, configuration and seed: same adapter.")
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="Same snapshot, configuration and seed: same adapter."
+    )
     threads: Natural = Field(0, description="CPU threads; 0: as many as torch chooses.")
     time_limit: Minutes = Field(
         240, description="Minutes a cycle's worker may take in one stage before it is stopped and failed."
