@@ -85,7 +85,7 @@ def plan(settings: Settings, store: Store, wanted: Choice) -> Plan:
         refused
         for refused in store.quarantined(ALL)
         if _is_meant(refused, wanted, fits, questions, words, settings.source.default_task)
-        or any(_is_copy(refused, row) for row in long)
+        or _is_copy(refused, long)
     ]
     if not rows and not quarantined:
         raise ControlError("no row fits; `daemon status` names the tasks, `daemon quarantine` refused rows")
@@ -151,20 +151,20 @@ def finish(settings: Settings, store: Store, registry: Registry) -> None:
         if store.is_cancelled(cycle.id):
             store.advance(cycle.id, State.CANCELLED, reason=why_cancelled(store, cycle.id))
     erased = store.erased()
-    snapshots = set(_snapshots_with(settings, erased))  # reads much: nobody has to wait for the store
+    holding = list(_snapshots_with(settings, erased))  # reads much: nobody has to wait for the store
     with store.transaction():
         cycles = _affected(store, store.taught())
         # Those without the row, too: they list the labels of all that was learned.
         names = {cycle.snapshot for cycle in store.cycles(ALL) if cycle.id in cycles and cycle.snapshot}
-        snapshots |= {settings.state_dir / "snapshots" / name for name in names}
+        snapshots = sorted({*holding, *(settings.state_dir / "snapshots" / name for name in names)})
         models = {model.cycle_id: model.version for model in store.models() if model.cycle_id in cycles}
         store.taint(list(models.values()), begun[0].id)
         why = f"erasure {begun[-1].id}"
-        paths = [f"snapshots/{path.name}" for path in sorted(snapshots) if not path.name.startswith(".")]
+        paths = [f"snapshots/{path.name}" for path in snapshots if not path.name.startswith(".")]
         paths += [path for cycle in cycles for path in _made_by(store, cycle, models.get(cycle))]
         known = store.pruned().keys()
         store.prune([(path, why) for path in dict.fromkeys(paths) if path not in known])
-    for folder in [*sorted(snapshots), *_files_with(settings, store, cycles)]:
+    for folder in [*snapshots, *_files_with(settings, store, cycles)]:
         artifacts.remove(folder)
     for parent in ("snapshots", "cycles"):  # a kill may have come after a removal and before its sync
         artifacts.sync(settings.state_dir / parent)
@@ -209,23 +209,27 @@ def _is_meant(
     )
 
 
-def _is_copy(refused: Rejected, row: StoredRow) -> bool:
-    """Whether a row that was refused and shortened is this one: it begins alike and is as long."""
+# Where `--contains` looks, as in stored rows; "text" is what could not be taken apart.
+_SEARCHED = ("id", "context", "question", "answer", "text")
+
+
+def _is_copy(refused: Rejected, rows: Collection[StoredRow]) -> bool:
+    """Whether a row that was refused and shortened is one of these: it begins alike and is as long."""
     told = said(refused.raw)
     if (short := shortened(told.get("question", ""))) is None:
         return False
-    begins, length = short
-    context = shortened(told.get("context", "")) or (told.get("context", ""), len(row.context))
-    return (
-        0 <= length - (len(begins) - len(begins.lstrip())) - len(row.question) <= _LINE_END
-        and row.question.startswith(begins.lstrip())
-        and row.context.startswith(context[0])
-        and len(row.context) == context[1]
+    head, length = short
+    begins = head.lstrip()
+    length -= len(head) - len(begins)
+    context = told.get("context", "")
+    around, size = shortened(context) or (context, len(context))
+    return any(
+        0 <= length - len(row.question) <= _LINE_END
+        and len(row.context) == size
+        and row.question.startswith(begins)
+        and row.context.startswith(around)
+        for row in rows
     )
-
-
-# Where `--contains` looks, as in stored rows; "text" is what could not be taken apart.
-_SEARCHED = ("id", "context", "question", "answer", "text")
 
 
 def _hashes(settings: Settings, store: Store, found: Plan) -> list[str]:

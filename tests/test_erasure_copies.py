@@ -107,6 +107,14 @@ def test_what_only_begins_like_it_stays(bot: Bot) -> None:
     assert bot.store.row_counts() == {"t": {"train": 1}}
 
 
+def test_a_shortened_row_about_another_context_is_another_row(bot: Bot) -> None:
+    row = {"question": f"{SECRET} {'word ' * 900}end", "answer": "a"}
+    deliver(bot, most=100, id="1", **row, context="")
+    deliver(bot, most=10_000, id="2", **row, context="about jane")
+    erase(bot, where=["context=about jane"])
+    assert len(refused(bot)) == 1
+
+
 def test_of_what_is_shortened_or_asks_nothing_an_erasure_is_of_that_row_alone(bot: Bot) -> None:
     before = "you are a helpful bot. " * 200
     for name, question in (

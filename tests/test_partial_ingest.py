@@ -42,7 +42,7 @@ def test_rows_that_came_before_a_damage_are_kept_and_told(bot: Bot, tmp_path: Pa
     path.write_bytes(
         whole[:place] + bytes(b ^ 0x5A for b in whole[place : place + 200]) + whole[place + 200 :]
     )
-    with pytest.raises(SourceError, match=r"x\.parquet cannot be read.*is kept: [24]0000 read, [24]0000 new"):
+    with pytest.raises(SourceError, match=r"x\.parquet cannot be read.*is kept: 20000 read, 20000 new"):
         ingest(bot, path)
     path.write_bytes(whole)
     assert ingest(bot, path)["accepted"] == 5000

@@ -35,10 +35,10 @@ from strategies.contract import (
     TrainJob,
     TrainReport,
 )
+from tests.daemons import SECONDS
 from tests.trainings import SPEC, adapter_bytes, job, lesson, run, snapshot, state
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 400  # an import of everything on a busy machine
 
 
 class Child:
